@@ -1,0 +1,1 @@
+"""From configuration to a concrete source, target and runner, wired together."""

@@ -1,0 +1,1 @@
+"""What can the operator do? One module per verb."""

@@ -1,0 +1,1 @@
+"""Words everybody uses: units, extents, disks, machines, errors. No I/O."""

@@ -1,0 +1,107 @@
+"""A virtual machine as every hypervisor could describe it, and as libvirt can be told it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Firmware(StrEnum):
+    BIOS = "bios"
+    UEFI = "uefi"
+
+
+class PowerState(StrEnum):
+    RUNNING = "running"
+    OFF = "off"
+    PAUSED = "paused"
+    SUSPENDED = "suspended"
+    UNKNOWN = "unknown"
+
+
+class DiskBus(StrEnum):
+    """The bus of the disk on the target."""
+
+    VIRTIO_BLK = "virtio-blk"
+    VIRTIO_SCSI = "virtio-scsi"
+    SATA = "sata"
+
+
+class Severity(StrEnum):
+    BLOCKER = "blocker"
+    WARNING = "warning"
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """One disk of the source VM. `key` is the hypervisor's own id for it (XenServer: VDI uuid); `index` counts from 0
+    in the guest's order; `size` is the virtual size in bytes; `storage` says what it lies on (XenServer: the SR's type)."""
+
+    index: int
+    key: str
+    size: int
+    device: str = ""
+    bootable: bool = False
+    storage: str = ""
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Nic:
+    """`mac` is lower case, colon separated. `network` is the source's name of the network it is plugged into."""
+
+    index: int
+    mac: str
+    network: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class VirtualMachine:
+    """`uuid` is the source's id of the VM, kept on the target. Names are what a person gave: any text, newlines too."""
+
+    uuid: str
+    name: str
+    vcpus: int
+    memory: int
+    disks: tuple[Disk, ...]
+    nics: tuple[Nic, ...] = ()
+    firmware: Firmware = Firmware.BIOS
+    secure_boot: bool = False
+    tpm: bool = False
+    hypervisor: str = ""
+    power: PowerState = PowerState.UNKNOWN
+    description: str = ""
+    extra: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of `tokvm check`: what is in the way (BLOCKER) or worth knowing (WARNING), and what to do about it."""
+
+    severity: Severity
+    what: str
+    fix: str = ""
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A frozen state of the VM that tokvm made. `mark` is our own unique name for it (with the migration's id), `key` the
+    hypervisor's id, `disks` maps Disk.key → the hypervisor's id of that disk's frozen image (the change point)."""
+
+    key: str
+    mark: str
+    disks: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class OffEvidence:
+    """Two independent witnesses that a VM is off. Both must be true before the final delta and before the start."""
+
+    power: PowerState
+    released: bool
+    detail: str = ""
+
+    @property
+    def proved(self) -> bool:
+        return self.power is PowerState.OFF and self.released

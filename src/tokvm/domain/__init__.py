@@ -1,0 +1,1 @@
+"""What does libvirt have to know? VirtualMachine → XML (pure), define and start (libvirt)."""

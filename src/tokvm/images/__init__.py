@@ -1,0 +1,1 @@
+"""What does this file say about the guest disk? Bytes in, allocation map out; never writes, no network."""

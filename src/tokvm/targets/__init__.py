@@ -1,0 +1,1 @@
+"""Where do the bytes go? Raw file, block device."""

@@ -1,0 +1,1 @@
+"""How do the bytes get there? Plan, pass, checkpoint, manifest, verify, progress."""
