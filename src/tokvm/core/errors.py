@@ -45,7 +45,7 @@ class SourceError(TokvmError):
 
 class ConnectionLost(SourceError):
     exit_code = 5
-    meaning = "the source could not be reached, the connection broke, or it moved no byte before the deadline; run the same command again to go on"
+    meaning = "the source could not be reached, the connection broke, or it went silent; run the same command again to go on"
 
 
 class HostKeyError(SourceError):

@@ -83,8 +83,8 @@ class Source(Protocol):
         ...
 
     def fence(self, uuid: str, reason: str) -> None:
-        """Nobody can start the VM any more (HA, a person, auto-start), or SourceError. Read back. Idempotent; what it changes is
-        saved on the hypervisor so that `unfence` can restore it after any crash."""
+        """Nobody can start the VM any more (HA, a person, auto-start), or SourceError. Read back. Idempotent; what it changes
+        is saved on the hypervisor so that `unfence` can restore it after any crash."""
         ...
 
     def is_fenced(self, uuid: str) -> bool: ...

@@ -1,0 +1,3 @@
+from tokvm.cli.main import main
+
+main()

@@ -1,0 +1,90 @@
+"""What a source holds and what is in the way of one VM: reads only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+from tokvm.app.plan import DEFAULT_LIBVIRT, SshOptions, TargetChoice, choose_targets, pairs
+from tokvm.app.sources import open_source
+from tokvm.app.targets import spec_of
+from tokvm.core.errors import Blocked, DomainError, UnsafeTarget
+from tokvm.core.machine import Finding, Severity, VirtualMachine
+from tokvm.domain.host import LibvirtHost
+from tokvm.sources.base import MachineSummary, Source
+from tokvm.targets.open import probe_target
+
+BLOCKED_EXIT = Blocked.exit_code
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """The answer of `tokvm check`: the VM as the source describes it, and every finding."""
+
+    vm: VirtualMachine
+    targets: tuple[TargetChoice, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def blocked(self) -> bool:
+        return any(finding.severity is Severity.BLOCKER for finding in self.findings)
+
+    def to_dict(self) -> dict[str, object]:
+        return {
+            "outcome": "blocked" if self.blocked else "clear",
+            "vm": asdict(self.vm),
+            "targets": [choice.path for choice in self.targets],
+            "findings": [asdict(finding) for finding in self.findings],
+        }
+
+
+@contextmanager
+def reached(url: str, ssh: SshOptions, note: Note) -> Iterator[Source]:
+    """An open source; the host key's fingerprint is told when a new key was learnt."""
+    source = open_source(url, ssh)
+    try:
+        if ssh.accept_new_host_key:
+            fingerprint = getattr(source, "fingerprint", None)
+            if fingerprint is not None:
+                note(f"host key of {source.url}: {fingerprint()}")
+        yield source
+    finally:
+        source.close()
+
+
+def list_machines(url: str, ssh: SshOptions, note: Note) -> list[MachineSummary]:
+    with reached(url, ssh, note) as source:
+        return sorted(source.list_machines(), key=lambda machine: (machine.name, machine.uuid))
+
+
+def check(
+    url: str, name: str, ssh: SshOptions, to: list[str], overwrite: list[str], libvirt: str | None, note: Note
+) -> CheckReport:
+    """Everything that can be known before the first byte: the VM's own blockers, the targets, the libvirt."""
+    with reached(url, ssh, note) as source:
+        vm = source.inspect(source.find(name))
+        findings = list(source.check(vm))
+    targets = choose_targets(vm, to, pairs(overwrite, "--overwrite")) if to else ()
+    for disk, choice in zip(vm.disks, targets, strict=False):
+        findings += _check_target(choice, disk.size)
+    findings += _check_libvirt(libvirt or DEFAULT_LIBVIRT, needed=libvirt is not None)
+    return CheckReport(vm, targets, tuple(findings))
+
+
+def _check_target(choice: TargetChoice, size: int) -> list[Finding]:
+    try:
+        probe_target(spec_of(choice), size=size)
+    except UnsafeTarget as unsafe:
+        return [Finding(Severity.BLOCKER, unsafe.what, unsafe.fix, unsafe.where or choice.path)]
+    return []
+
+
+def _check_libvirt(url: str, *, needed: bool) -> list[Finding]:
+    try:
+        LibvirtHost(url).close()
+    except DomainError as error:
+        severity = Severity.BLOCKER if needed else Severity.WARNING
+        return [Finding(severity, f"libvirt cannot be reached: {error.what}", error.fix, url)]
+    return []

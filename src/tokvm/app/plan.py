@@ -1,0 +1,96 @@
+"""What the operator decided once and every later command needs: kept as JSON in the journal, without secrets."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from tokvm.core.errors import UsageError
+from tokvm.core.machine import DiskBus, VirtualMachine
+
+DEFAULT_LIBVIRT = "qemu:///system"
+
+
+@dataclass(frozen=True, slots=True)
+class SshOptions:
+    """How ssh reaches the source. Paths, never keys or passwords; everything else is the user's own ssh_config."""
+
+    identity: str | None = None
+    config_file: str | None = None
+    known_hosts: str | None = None
+    accept_new_host_key: bool = False
+    progress_deadline_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class TargetChoice:
+    """Where one disk goes. `overwrite` repeats the size or serial of a device with content that may be lost."""
+
+    path: str
+    overwrite: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One migration's decisions. `source` is the URL without secrets; `targets` are in the order of the VM's disks."""
+
+    source: str
+    targets: tuple[TargetChoice, ...]
+    ssh: SshOptions = field(default_factory=SshOptions)
+    networks: dict[str, str] = field(default_factory=dict)
+    libvirt: str = DEFAULT_LIBVIRT
+    machine: str = "q35"
+    bus: DiskBus = DiskBus.VIRTIO_BLK
+    domain: str = ""
+    rate_limit: float | None = None
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, stored: dict[str, object]) -> Plan:
+        known = dict(stored)
+        ssh, targets = known.pop("ssh", {}), known.pop("targets", [])
+        if not isinstance(ssh, dict) or not isinstance(targets, list):
+            raise UsageError("the stored plan has another shape", fix="it was written by another version of tokvm")
+        known["bus"] = DiskBus(str(known.get("bus", DiskBus.VIRTIO_BLK)))
+        return cls(ssh=SshOptions(**ssh), targets=tuple(TargetChoice(**t) for t in targets), **known)  # type: ignore[arg-type]
+
+
+def safe_name(name: str) -> str:
+    """A file name's worth of a VM's name, which is any text: letters, digits, `.`, `_`, `-`; never a leading dot or dash."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._-")[:60] or "vm"
+
+
+def choose_targets(vm: VirtualMachine, to: list[str], overwrite: dict[str, str]) -> tuple[TargetChoice, ...]:
+    """Paths for the VM's disks, from `--to`: one directory for all, or one file or device for each disk, in order."""
+    if not to:
+        raise UsageError("no target given", fix="give --to DIRECTORY, or --to PATH once for each disk")
+    if len(to) == 1 and (to[0].endswith("/") or Path(to[0]).is_dir()):
+        folder = Path(to[0]).absolute()
+        paths = [str(folder / f"{safe_name(vm.name)}-{vm.uuid[:8]}-disk{disk.index}.raw") for disk in vm.disks]
+    elif len(to) == len(vm.disks):
+        paths = [str(Path(path).absolute()) for path in to]
+    else:
+        raise UsageError(
+            f"{vm.name!r} has {len(vm.disks)} disks, but {len(to)} targets were given",
+            fix="give one --to DIRECTORY, or --to PATH once for each disk in the order of `tokvm check`",
+        )
+    if len(set(paths)) != len(paths):
+        raise UsageError("two disks were given the same target", fix="give each disk a path of its own")
+    unknown = set(overwrite) - set(paths)
+    if unknown:
+        raise UsageError(f"--overwrite names {sorted(unknown)[0]!r}, which is no target here", fix="repeat the path given to --to")
+    return tuple(TargetChoice(path, overwrite.get(path)) for path in paths)
+
+
+def pairs(texts: list[str], option: str) -> dict[str, str]:
+    """`A=B` options as a dict. The right-most `=` divides, because a network's name may hold one."""
+    found: dict[str, str] = {}
+    for text in texts:
+        left, sign, right = text.rpartition("=")
+        if not sign or not left or not right:
+            raise UsageError(f"{option} {text!r} is not of the form NAME=VALUE", fix=f"write {option} NAME=VALUE")
+        found[left] = right
+    return found

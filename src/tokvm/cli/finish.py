@@ -1,0 +1,33 @@
+"""tokvm finish: commit, remove our snapshots, done."""
+
+from __future__ import annotations
+
+from tokvm.app.workshop import Workshop
+from tokvm.cli import options
+from tokvm.cli.output import print_json
+from tokvm.cli.summaries import print_lines, print_status
+
+
+def finish(
+    name: options.Name,
+    state_dir: options.StateDir = None,
+    json: options.Json = False,
+    events: options.Events = False,
+    dry_run: options.DryRun = False,
+    verbose: options.Verbose = 0,
+) -> None:
+    """Remove our snapshots from the source. After a cutover the source VM stays off and fenced, so that nobody starts the old copy."""
+    with (
+        options.running(json=json, events=events, verbose=verbose) as reporter,
+        Workshop.open(state_dir, reporter) as shop,
+        shop.resume(name) as job,
+    ):
+        if dry_run:
+            print_lines(job.finish_steps(), json=json)
+            return
+        job.migration.finish()
+        status = job.migration.status()
+        if json:
+            print_json(status.to_dict())
+        else:
+            print_status(status)

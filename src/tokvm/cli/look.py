@@ -1,0 +1,81 @@
+"""tokvm ls and tokvm check: look at a source without changing anything."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tokvm.app import inventory
+from tokvm.cli import options
+from tokvm.cli.output import print_fields, print_json, print_table
+from tokvm.cli.requests import SshArguments
+from tokvm.core.machine import Severity
+from tokvm.core.units import format_bytes
+
+
+def ls(
+    source: options.SourceUrl,
+    json: options.Json = False,
+    identity: options.Identity = None,
+    ssh_config: options.SshFile = None,
+    known_hosts: options.KnownHosts = None,
+    accept_new_host_key: options.AcceptKey = False,
+    silence: options.Silence = "30s",
+    verbose: options.Verbose = 0,
+) -> None:
+    """The VMs of a source."""
+    with options.running(json=json, verbose=verbose) as reporter:
+        ssh = SshArguments(identity, ssh_config, known_hosts, accept_new_host_key, silence).options()
+        machines = inventory.list_machines(source, ssh, reporter.note)
+        if json:
+            print_json([{"uuid": m.uuid, "name": m.name, "power": m.power} for m in machines])
+        else:
+            print_table(("uuid", "power", "name"), ((m.uuid, m.power, m.name) for m in machines))
+
+
+def check(
+    source: options.SourceUrl,
+    vm: Annotated[str, typer.Option("--vm", help="The VM's name or uuid.")],
+    to: options.To = None,
+    overwrite: options.Overwrite = None,
+    libvirt: options.Libvirt = None,
+    json: options.Json = False,
+    identity: options.Identity = None,
+    ssh_config: options.SshFile = None,
+    known_hosts: options.KnownHosts = None,
+    accept_new_host_key: options.AcceptKey = False,
+    silence: options.Silence = "30s",
+    verbose: options.Verbose = 0,
+) -> None:
+    """Can this VM be migrated? Every blocker before the first byte is copied (exit 10 when there is one)."""
+    with options.running(json=json, verbose=verbose) as reporter:
+        ssh = SshArguments(identity, ssh_config, known_hosts, accept_new_host_key, silence).options()
+        report = inventory.check(source, vm, ssh, to or [], overwrite or [], libvirt, reporter.note)
+        if json:
+            print_json(report.to_dict())
+        else:
+            _print_check(report)
+        if report.blocked:
+            raise typer.Exit(inventory.BLOCKED_EXIT)
+
+
+def _print_check(report: inventory.CheckReport) -> None:
+    vm = report.vm
+    print_fields(
+        (
+            ("vm", vm.name),
+            ("uuid", vm.uuid),
+            ("power", vm.power),
+            ("hardware", f"{vm.vcpus} vCPU, {format_bytes(vm.memory)} memory, {vm.firmware} firmware"),
+        )
+    )
+    for index, disk in enumerate(vm.disks):
+        target = f" → {report.targets[index].path}" if report.targets else ""
+        print_fields([(f"disk {index}", f"{format_bytes(disk.size)} on {disk.storage or 'unknown storage'}{target}")])
+    for nic in vm.nics:
+        print_fields([(f"nic {nic.index}", f"{nic.mac} on {nic.network}")])
+    for finding in report.findings:
+        word = "BLOCKER" if finding.severity is Severity.BLOCKER else "warning"
+        print_fields([(word, finding.what + (f" ({finding.where})" if finding.where else "")), ("   fix", finding.fix)])
+    print("this VM cannot be migrated as it stands" if report.blocked else "nothing is in the way")

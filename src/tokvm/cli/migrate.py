@@ -1,0 +1,65 @@
+"""tokvm migrate: sync, then cutover."""
+
+from __future__ import annotations
+
+from tokvm.app.workshop import Workshop
+from tokvm.cli import options
+from tokvm.cli.output import print_json
+from tokvm.cli.requests import SshArguments, TargetArguments
+from tokvm.cli.summaries import migrate_document, print_cutover, print_dry_run, print_sync
+
+
+def migrate(
+    source: options.SourceUrl,
+    name: options.Name,
+    to: options.To = None,
+    passes: options.Passes = None,
+    budget: options.Budget = None,
+    force_off: options.ForceOff = False,
+    deadline: options.Deadline = "5m",
+    proof: options.Proof = "5m",
+    overwrite: options.Overwrite = None,
+    network: options.Network = None,
+    libvirt: options.Libvirt = None,
+    domain: options.Domain = None,
+    machine: options.Machine = None,
+    bus: options.Bus = None,
+    rate_limit: options.RateLimit = None,
+    state_dir: options.StateDir = None,
+    json: options.Json = False,
+    events: options.Events = False,
+    dry_run: options.DryRun = False,
+    identity: options.Identity = None,
+    ssh_config: options.SshFile = None,
+    known_hosts: options.KnownHosts = None,
+    accept_new_host_key: options.AcceptKey = False,
+    silence: options.Silence = "30s",
+    verbose: options.Verbose = 0,
+) -> None:
+    """Sync, then cut over: the whole migration in one command. Interrupted, the same command goes on."""
+    ssh = SshArguments(identity, ssh_config, known_hosts, accept_new_host_key, silence)
+    target = TargetArguments(to or [], overwrite or [], network or [], libvirt, domain, machine, bus, rate_limit)
+    with (
+        options.running(json=json, events=events, verbose=verbose) as reporter,
+        Workshop.open(state_dir, reporter) as shop,
+    ):
+        request = target.request(ssh)
+        if dry_run:
+            print_dry_run(shop.rehearse(source, name, request), json=json)
+            return
+        with shop.begin(source, name, request) as job:
+            budget_s = options.duration(budget)
+            synced = job.sync_unless_cutting(passes=passes, budget_s=budget_s)
+            report = job.cut_over(
+                budget_s=budget_s,
+                force_off=force_off,
+                deadline_s=options.duration(deadline) or 300.0,
+                proof_s=options.duration(proof) or 0.0,
+            )
+            status = job.migration.status()
+        if json:
+            print_json(migrate_document(status, report))
+            return
+        if synced is not None:
+            print_sync(synced)
+        print_cutover(report)

@@ -1,0 +1,131 @@
+"""Options that several verbs share, and the shell every verb runs in: state directory, reporter, errors to exit codes."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, TypeVar
+
+import typer
+
+from tokvm.cli.output import error_document, print_error, print_json
+from tokvm.cli.reporters import Reporter, choose_reporter
+from tokvm.core.errors import TokvmError, UsageError
+from tokvm.core.units import parse_duration, parse_size
+
+INTERRUPTED = 130
+T = TypeVar("T")
+
+
+def _converted(parse: Callable[[str], T]) -> Callable[[str | None], T | None]:
+    def convert(text: str | None) -> T | None:
+        if text is None:
+            return None
+        try:
+            return parse(text)
+        except ValueError as exc:
+            raise UsageError(str(exc)) from exc
+
+    return convert
+
+
+duration = _converted(parse_duration)
+size = _converted(parse_size)
+
+Json = Annotated[bool, typer.Option("--json", help="End with one JSON document on standard output.")]
+Events = Annotated[bool, typer.Option("--events", help="Report progress as JSON lines on standard error.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; change nothing.")]
+Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Log more (-vv: every request).", show_default=False)]
+StateDir = Annotated[
+    Path | None,
+    typer.Option("--state-dir", help="Where tokvm remembers [$TOKVM_STATE_DIR, else /var/lib/tokvm].", show_default=False),
+]
+Name = Annotated[str, typer.Argument(help="The VM's name or uuid, or the migration's id.")]
+SourceUrl = Annotated[str, typer.Argument(help="xenserver://[user@]HOST[:PORT], or files:BASE.vhd[,CHILD.vhd…]", metavar="SOURCE")]
+To = Annotated[
+    list[str] | None,
+    typer.Option("--to", help="A directory for raw files, or one file or block device for each disk, in order.", show_default=False),
+]
+Overwrite = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--overwrite", help="PATH=SIZE or PATH=SERIAL: this target's content may be lost (repeat its size).", show_default=False
+    ),
+]
+Network = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--network",
+        help="SOURCE-NETWORK=TARGET, TARGET being network:NAME, bridge:NAME, user or none; '*' stands for all others.",
+        show_default=False,
+    ),
+]
+Libvirt = Annotated[str | None, typer.Option("--libvirt", help="The libvirt to start the VM on [qemu:///system].", show_default=False)]
+Domain = Annotated[str | None, typer.Option("--domain", help="The domain's name on KVM [the VM's name].", show_default=False)]
+Machine = Annotated[str | None, typer.Option("--machine", help="q35 or pc [q35].", show_default=False)]
+Bus = Annotated[str | None, typer.Option("--bus", help="virtio-blk, virtio-scsi or sata [virtio-blk].", show_default=False)]
+Identity = Annotated[str | None, typer.Option("--identity", "-i", help="The SSH key to use.", show_default=False)]
+SshFile = Annotated[str | None, typer.Option("--ssh-config", help="An ssh_config instead of your own.", show_default=False)]
+KnownHosts = Annotated[str | None, typer.Option("--known-hosts", help="Host keys instead of your own file.", show_default=False)]
+AcceptKey = Annotated[
+    bool, typer.Option("--accept-new-host-key", help="Learn the host's key when it is unknown (a changed one is always refused).")
+]
+Silence = Annotated[
+    str, typer.Option("--silence", help="Give a connection up that moves no byte for so long.", metavar="DURATION")
+]
+RateLimit = Annotated[
+    str | None, typer.Option("--rate-limit", help="Bytes per second at most, e.g. 200M.", metavar="SIZE", show_default=False)
+]
+Passes = Annotated[
+    int | None, typer.Option("--passes", help="Passes to make, base included [until they get no smaller].", min=1, show_default=False)
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        help="The longest downtime you accept; predicted or actual downtime above it rolls back (exit 7).",
+        metavar="DURATION",
+        show_default=False,
+    ),
+]
+ForceOff = Annotated[bool, typer.Option("--force-off", help="Cut the VM's power when it does not shut down by the deadline.")]
+Deadline = Annotated[str, typer.Option("--deadline", help="How long the guest may take to shut down.", metavar="DURATION")]
+Proof = Annotated[str, typer.Option("--proof", help="How long the target may take to show life.", metavar="DURATION")]
+
+
+def _set_up_logging(verbose: int) -> None:
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+
+
+def _on_term(_number: int, _frame: FrameType | None) -> None:
+    """SIGTERM and SIGHUP end like Ctrl-C: children are killed, the journal says how far it came."""
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def running(*, json: bool = False, events: bool = False, verbose: int = 0) -> Iterator[Reporter]:
+    """The inside of every verb. A TokvmError becomes its message (or a JSON document) and its class's exit code."""
+    _set_up_logging(verbose)
+    signal.signal(signal.SIGTERM, _on_term)
+    signal.signal(signal.SIGHUP, _on_term)
+    reporter = choose_reporter(events=events)
+    try:
+        yield reporter
+    except TokvmError as error:
+        reporter.close()
+        if json:
+            print_json(error_document(error))
+        print_error(error)
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt as stop:
+        reporter.close()
+        print("tokvm: interrupted; run the same command again to go on", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from stop
+    finally:
+        reporter.close()

@@ -1,0 +1,58 @@
+"""From what was typed to what app/ takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tokvm.app.plan import SshOptions, pairs
+from tokvm.app.workshop import Request
+from tokvm.cli import options
+from tokvm.core.errors import UsageError
+from tokvm.core.machine import DiskBus
+
+
+@dataclass(frozen=True, slots=True)
+class SshArguments:
+    identity: str | None = None
+    ssh_config: str | None = None
+    known_hosts: str | None = None
+    accept_new_host_key: bool = False
+    silence: str = "30s"
+
+    def options(self) -> SshOptions:
+        return SshOptions(
+            identity=self.identity,
+            config_file=self.ssh_config,
+            known_hosts=self.known_hosts,
+            accept_new_host_key=self.accept_new_host_key,
+            progress_deadline_s=options.duration(self.silence) or 30.0,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TargetArguments:
+    to: list[str] = field(default_factory=list)
+    overwrite: list[str] = field(default_factory=list)
+    network: list[str] = field(default_factory=list)
+    libvirt: str | None = None
+    domain: str | None = None
+    machine: str | None = None
+    bus: str | None = None
+    rate_limit: str | None = None
+
+    def request(self, ssh: SshArguments) -> Request:
+        if self.machine not in (None, "q35", "pc"):
+            raise UsageError(f"--machine {self.machine!r} is neither q35 nor pc", fix="write --machine q35 or --machine pc")
+        if self.bus is not None and self.bus not in list(DiskBus):
+            raise UsageError(f"--bus {self.bus!r} is not known", fix=f"write one of {', '.join(DiskBus)}")
+        return Request(
+            ssh=ssh.options(),
+            to=self.to,
+            overwrite=pairs(self.overwrite, "--overwrite"),
+            networks=pairs(self.network, "--network"),
+            libvirt=self.libvirt,
+            domain=self.domain,
+            machine=self.machine,
+            bus=DiskBus(self.bus) if self.bus else None,
+            rate_limit=options.size(self.rate_limit),
+        )
