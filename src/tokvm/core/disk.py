@@ -126,5 +126,14 @@ class BufferPool:
 
     def acquire(self) -> tuple[memoryview, Callable[[], None]]:
         """A writable view of `size` bytes and the function that gives it back."""
-        buffer = self._free.get()
+        return self._hand_out(self._free.get())
+
+    def try_acquire(self) -> tuple[memoryview, Callable[[], None]] | None:
+        """The same without waiting; None when no buffer is free now (so reading ahead never starves what is due)."""
+        try:
+            return self._hand_out(self._free.get_nowait())
+        except queue.Empty:
+            return None
+
+    def _hand_out(self, buffer: mmap.mmap) -> tuple[memoryview, Callable[[], None]]:
         return memoryview(buffer), lambda: self._free.put(buffer)

@@ -15,6 +15,13 @@ class DomainState(StrEnum):
     RUNNING = "running"
 
 
+class Accel(StrEnum):
+    """What runs the guest's instructions; the value is libvirt's domain type."""
+
+    KVM = "kvm"
+    TCG = "qemu"
+
+
 @dataclass(frozen=True, slots=True)
 class TargetDisk:
     """A disk of the target: an absolute path to a raw file or block device, in the order of VirtualMachine.disks."""

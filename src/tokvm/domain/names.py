@@ -24,7 +24,7 @@ def legal_name(name: str, uuid: str) -> str:
     """`name` itself where it is harmless; else its harmless part and the head of the uuid, which keeps two such names apart."""
     tame = "".join(letter if _is_plain(letter) else "_" for letter in name)
     tame = _cut(tame.strip().lstrip("-.").strip(), NAME_BYTES)
-    if tame == name and not tame.isdigit():
+    if tame and tame == name and not tame.isdigit():
         return tame
     return f"{_cut(tame, NAME_BYTES - 9) or 'vm'}-{uuid[:8]}"
 

@@ -21,8 +21,7 @@ from collections.abc import Set as AbstractSet
 from tokvm.core.errors import DomainError
 from tokvm.core.machine import DiskBus, Firmware, Nic, VirtualMachine
 from tokvm.core.units import KiB, MiB, round_up
-from tokvm.domain.accel import Accel
-from tokvm.domain.base import DomainPlan, TargetDisk
+from tokvm.domain.base import Accel, DomainPlan, TargetDisk
 from tokvm.domain.names import is_xml_text, legal_name, one_line, pack, unpack, xml_text
 
 METADATA = "urn:tokvm:domain:1"
@@ -81,7 +80,11 @@ def _check(plan: DomainPlan) -> None:
         (not 1 <= vm.vcpus <= MAX_VCPUS, f"{vm.vcpus} vCPUs", f"a domain takes 1 to {MAX_VCPUS}: change it on the source"),
         (vm.memory < MiB, f"{vm.memory} bytes of memory", "a domain takes at least 1 MiB: change it on the source"),
         (not plan.disks, "no disks", "a domain without a disk cannot boot"),
-        (len(plan.disks) != len(vm.disks), f"{len(plan.disks)} target disks for {len(vm.disks)}", "give one target for each disk"),
+        (
+            len(plan.disks) != len(vm.disks),
+            f"{len(plan.disks)} target disks for {len(vm.disks)}",
+            "give one target for each disk",
+        ),
         (vm.secure_boot and plan.machine != "q35", "secure boot needs q35", "choose machine q35"),
         (
             vm.secure_boot and vm.firmware is not Firmware.UEFI,
@@ -200,7 +203,9 @@ def _letters(index: int) -> str:
 def _disk(devices: ET.Element, disk: TargetDisk, name: str, *, boot: int, direct: bool) -> None:
     """`native` asynchronous I/O needs O_DIRECT; without it QEMU's threads and the page cache do the work."""
     if not disk.path.startswith("/") or not is_xml_text(disk.path):
-        raise DomainError("a target disk needs an absolute path of printable text", where=repr(disk.path), fix="choose another path")
+        raise DomainError(
+            "a target disk needs an absolute path of printable text", where=repr(disk.path), fix="choose another path"
+        )
     kind, attribute = ("block", "dev") if disk.block else ("file", "file")
     cache, io = ("none", "native") if direct else ("writeback", "threads")
     element = _add(devices, "disk", type=kind, device="disk")
@@ -225,7 +230,9 @@ def _nic(devices: ET.Element, nic: Nic, plan: DomainPlan) -> None:
     if not _MAC.fullmatch(mac):
         raise DomainError(f"{nic.mac!r} is no unicast MAC address", where=where, fix="look at the NIC on the source")
     kind, _, name = choice.partition(":")
-    if (kind, bool(name)) not in {("network", True), ("bridge", True), ("user", False), ("none", False)} or not is_xml_text(name):
+    if (kind, bool(name)) not in {("network", True), ("bridge", True), ("user", False), ("none", False)} or not is_xml_text(
+        name
+    ):
         raise DomainError(f"{choice!r} is no network", where=where, fix="write network:NAME, bridge:NAME, user or none")
     # `none` keeps the NIC, for the guest's configuration of it, with the cable pulled.
     interface = _add(devices, "interface", type=kind if name else "user")

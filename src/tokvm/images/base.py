@@ -1,4 +1,4 @@
-"""The doors of image parsing: ReadAt (bytes in) and Layer (map out)."""
+"""The doors of image parsing: ReadAt and ByteStream (bytes in), Layer (map out)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 from tokvm.core.extents import ExtentMap
+from tokvm.core.units import GiB
+
+WINDOW = 64 * GiB  # guest bytes mapped at once: file order pays off within it, and its map fits into a few MiB
+MAX_ROWS = 1 << 17  # rows of one window: 5 MiB of columns, whatever a hostile bitmap says
 
 
 @runtime_checkable
@@ -57,8 +61,12 @@ class Layer(Protocol):
         """The id of the parent this layer was made over; None for a base."""
         ...
 
-    def windows(self) -> Iterator[ExtentMap]:
-        """The whole disk as ascending windows of bounded row count. DATA rows carry file offsets in `file`."""
+    def windows(self, *, max_rows: int = MAX_ROWS) -> Iterator[ExtentMap]:
+        """The whole disk as ascending windows of bounded row count. DATA rows carry file offsets in `file`.
+
+        A window spans at most WINDOW bytes and holds at most about `max_rows` rows (one block's rows at the least). The
+        same file gives the same windows every time.
+        """
         ...
 
     def window(self, start: int, stop: int) -> ExtentMap:
@@ -67,4 +75,24 @@ class Layer(Protocol):
 
     def describe(self) -> dict[str, object]:
         """Everything a person wants to know, JSON-ready."""
+        ...
+
+
+@runtime_checkable
+class ByteStream(Protocol):
+    """Bytes in order, once: the standard output of a program on another machine. One reader at a time."""
+
+    def read_into(self, buffer: memoryview) -> int:
+        """Bytes put at the start of `buffer`: at least 1, may be fewer than it holds; 0 means the end.
+
+        ConnectionLost when the peer is silent for too long or gone.
+        """
+        ...
+
+    def finish(self) -> None:
+        """After the end: raises ConnectionLost or SourceError unless the peer says that all of it was sent."""
+        ...
+
+    def close(self) -> None:
+        """Stop now, whatever is still to come. Idempotent."""
         ...

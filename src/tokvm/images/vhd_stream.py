@@ -1,0 +1,236 @@
+"""A VHD read front to back: what XAPI's vdi-export sends for a base (dynamic) or a delta (differencing).
+
+    |<-------- prefix -------->|
+    footer copy | header … BAT | locators, batmap, gaps | bitmap, block | bitmap, block … | footer | end
+    0                          ^ kept: 4 bytes a block    ^ in the order of the file, not of the guest
+
+    position = the byte of the stream behind the chunk. A stream broken off anywhere goes on from the last position: the
+    bitmap of its block is read again, and what was handed out of the block is read past.
+
+Nothing is sought: the BAT must come before the blocks. Only the prefix and one buffer are held. The stream is whole only when
+the footer at its end was read, nothing follows it, and the sender says that it is done; a short stream with a clean exit is
+an error. Bits decide: DATA where set; clear is ZERO in a dynamic disk, ABSENT in a differencing one (no chunk).
+
+A fixed VHD has its footer at the end only. Its stream is read when the caller knows the size: all of it is DATA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from enum import Enum
+
+import numpy as np
+
+from tokvm.core.disk import BufferPool, Chunk
+from tokvm.core.errors import ImageError
+from tokvm.core.extents import ExtentKind, ExtentMap
+from tokvm.core.units import MiB
+from tokvm.images.base import WINDOW, ByteStream
+from tokvm.images.buffers import SharedBuffer, page_offset
+from tokvm.images.raw import linear_map
+from tokvm.images.stream_cursor import StreamCursor
+from tokvm.images.vhd_blocks import BlockTable
+from tokvm.images.vhd_prefix import Prefix, read_prefix
+from tokvm.images.vhd_structs import FOOTER_SIZE, Footer, bad_field
+
+_MAX_TAIL = 16 * MiB  # of a delta without blocks: locators and batmap before the footer
+_WORTH_READING_PAST = 1 * MiB  # reading on is cheaper than a second export that the host must seek through
+
+
+class StreamKind(Enum):
+    """What the caller asked the exporter for."""
+
+    BASE = "base"
+    DIFFERENCING = "differencing"
+
+
+class VhdStream:
+    """Implements `core.disk.DiskReader`. `open_at(n)` opens the stream from byte n on.
+
+    The prefix is read at once, so size, fingerprint and refusals are there before the first byte is written. A delta that
+    comes back as a full disk is refused, and the other way round: the exporter lost the base snapshot or was asked wrongly,
+    and absent ranges would mean something else than the caller thinks.
+    """
+
+    def __init__(
+        self,
+        open_at: Callable[[int], ByteStream],
+        *,
+        name: str,
+        pool: BufferPool | None = None,
+        expect_size: int | None = None,
+        expect_parent: StreamKind | None = None,
+    ) -> None:
+        self.name = name
+        self._open_at = open_at
+        self._pool = pool or BufferPool()
+        self._expect_size = expect_size
+        self._cursor: StreamCursor | None = None
+        self._prefix = self._read_prefix()
+        try:
+            self._check_expected(expect_size, expect_parent)
+        except ImageError:
+            self.close()
+            raise
+
+    @property
+    def size(self) -> int:
+        return self._prefix.footer.current_size
+
+    @property
+    def fingerprint(self) -> str:
+        """Of size, type, parent and BAT: what decides which byte of the stream is what. Not of the disk's own id or times,
+        which an exporter may invent anew."""
+        return self._prefix.fingerprint
+
+    @property
+    def parent_identity(self) -> str | None:
+        """The id of the disk that a delta was made over; None for a full disk."""
+        return self._prefix.parent_identity
+
+    @property
+    def total(self) -> int:
+        table = self._prefix.table
+        return self.size if table is None else int(table.length(self._prefix.order).sum())
+
+    def covered(self) -> Iterator[ExtentMap]:
+        """By whole blocks, from the BAT: within a block named DATA, sectors may turn out ZERO or ABSENT."""
+        table = self._prefix.table
+        for start in range(0, self.size, WINDOW):
+            stop = min(start + WINDOW, self.size)
+            yield linear_map(start, stop) if table is None else _block_map(table, start, stop)
+
+    def chunks(self, position: int = 0) -> Iterator[Chunk]:
+        prefix = self._prefix
+        if not 0 <= position <= prefix.blocks_end:
+            raise bad_field(self.name, position, "resume position", position, f"0 to {prefix.blocks_end}")
+        cursor = self._cursor_for(position)
+        try:
+            if prefix.table is None:
+                yield from self._linear(cursor, position, prefix.blocks_end)
+            else:
+                for block in prefix.blocks_behind(position).tolist():
+                    yield from self._block(cursor, prefix.table, block, position)
+            self._check_end(cursor)
+        finally:
+            cursor.close()
+
+    def close(self) -> None:
+        cursor, self._cursor = self._cursor, None
+        if cursor is not None:
+            cursor.close()
+
+    def _read_prefix(self) -> Prefix:
+        """Open the stream at its start and read what says where everything is; the stream stays open behind it."""
+        self.close()
+        self._cursor = StreamCursor(self._open_at(0), self.name, 0)
+        try:
+            return read_prefix(self._cursor, self.name, self._expect_size)
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_expected(self, size: int | None, kind: StreamKind | None) -> None:
+        if size is not None and size != self.size:
+            raise bad_field(self.name, 48, "footer current size", self.size, f"{size}, which the host states")
+        found = StreamKind.BASE if self.parent_identity is None else StreamKind.DIFFERENCING
+        if kind not in (None, found):
+            asked = "a delta over the previous snapshot" if kind is StreamKind.DIFFERENCING else "a whole disk"
+            raise bad_field(self.name, 60, "footer disk type", f"{self._prefix.footer.type.name.lower()}", asked)
+
+    def _cursor_for(self, position: int) -> StreamCursor:
+        """A stream that is known to have our prefix, open at or before the block of `position`. The caller closes it."""
+        if self._cursor is None and self._read_prefix().fingerprint != self._prefix.fingerprint:
+            self.close()
+            raise ImageError(
+                "the export changed: its size, type, parent or BAT is not what it was when the pass began",
+                where=self.name,
+                fix="copy this pass of the disk again from its start",
+            )
+        cursor, self._cursor = self._cursor, None
+        start = self._prefix.resume_at(position)
+        if cursor is not None and (position == 0 or start - cursor.position <= _WORTH_READING_PAST):
+            return cursor
+        if cursor is not None:
+            cursor.close()
+        return StreamCursor(self._open_at(start), self.name, start)
+
+    def _linear(self, cursor: StreamCursor, position: int, end: int) -> Iterator[Chunk]:
+        """A fixed disk: stream and guest disk are the same bytes."""
+        cursor.skip_to(position, "guest data")
+        while position < end:
+            take = min(end - position, self._pool.size)
+            buffer = self._read(cursor, 0, take)
+            position += take
+            yield Chunk(position - take, take, ExtentKind.DATA, position, buffer.view[:take], buffer.release)
+
+    def _block(self, cursor: StreamCursor, table: BlockTable, block: int, position: int) -> Iterator[Chunk]:
+        """The chunks of one block that lie behind `position`."""
+        start, guest = int(table.start[block]), block * table.block_size
+        shift = start + table.bitmap_bytes - guest  # stream offset = guest offset + shift, all through the block
+        cursor.skip_to(start, "the bytes between blocks")
+        bits = np.frombuffer(cursor.read_bytes(table.bitmap_bytes, f"the bitmap of block {block}"), np.uint8)
+        stop = min(guest + table.block_size, self.size)
+        rows = ExtentMap.build(guest, stop, *table.rows(np.array([block]), bits[np.newaxis]))
+        at = max(guest, position - shift)
+        while at < stop:
+            end = min(at + self._pool.size - page_offset(at, self._pool.size), stop)
+            yield from self._piece(cursor, rows.clip(at, end), shift)
+            at = end
+
+    def _piece(self, cursor: StreamCursor, rows: ExtentMap, shift: int) -> Iterator[Chunk]:
+        """The chunks of a part of a block that fits into one buffer; its clear sectors at either end are read past."""
+        data = rows.only(ExtentKind.DATA)
+        buffer, base = None, 0
+        if len(data):
+            first, last = int(data.offset[0]), int(data.offset[-1] + data.length[-1])
+            base = first - page_offset(first, self._pool.size)
+            cursor.skip_to(first + shift, "a block")
+            buffer = self._read(cursor, first - base, last - first)
+        try:
+            for extent in rows:
+                position = extent.end + shift
+                if extent.kind is ExtentKind.DATA and buffer is not None:
+                    buffer.retain()
+                    view = buffer.view[extent.offset - base : extent.end - base]
+                    yield Chunk(extent.offset, extent.length, ExtentKind.DATA, position, view, buffer.release)
+                else:
+                    yield Chunk(extent.offset, extent.length, ExtentKind.ZERO, position)
+        finally:
+            if buffer is not None:
+                buffer.release()
+
+    def _read(self, cursor: StreamCursor, at: int, length: int) -> SharedBuffer:
+        """The next `length` bytes of guest data, at `at` in a fresh buffer."""
+        buffer = SharedBuffer(*self._pool.acquire())
+        try:
+            cursor.read(buffer.view[at : at + length], "guest data")
+        except BaseException:
+            buffer.release()
+            raise
+        return buffer
+
+    def _check_end(self, cursor: StreamCursor) -> None:
+        """The trailing footer, and nothing behind it; then the sender's own word."""
+        cursor.skip_to(self._prefix.blocks_end, "the last block")
+        has_gap = self._prefix.table is not None and not len(self._prefix.order)
+        at = cursor.position
+        rest = cursor.read_rest(_MAX_TAIL if has_gap else FOOTER_SIZE)
+        cursor.finish()
+        if len(rest) < FOOTER_SIZE or (len(rest) > FOOTER_SIZE and not has_gap) or len(rest) > _MAX_TAIL:
+            read = f"{len(rest)} bytes" if len(rest) <= FOOTER_SIZE else "more than a footer"
+            raise bad_field(self.name, at, "the stream's end", read, f"a footer of {FOOTER_SIZE} bytes and nothing behind it")
+        at = cursor.position - FOOTER_SIZE
+        footer, expected = Footer.parse(rest[-FOOTER_SIZE:], name=self.name, offset=at), self._prefix.footer
+        for field in ("type", "current_size", "data_offset"):
+            read, allowed = getattr(footer, field), getattr(expected, field)
+            if read != allowed:
+                raise bad_field(self.name, at, f"trailing footer {field}", read, f"{allowed}, as at the stream's start")
+
+
+def _block_map(table: BlockTable, start: int, stop: int) -> ExtentMap:
+    blocks = table.present(start // table.block_size, -(-stop // table.block_size))
+    if not len(blocks):
+        return ExtentMap.empty(start, stop)
+    data = table.start[blocks] + table.bitmap_bytes
+    return ExtentMap.build(start, stop, blocks * table.block_size, table.block_size, int(ExtentKind.DATA), data)

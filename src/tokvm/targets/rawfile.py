@@ -1,0 +1,166 @@
+"""A raw file as a target: sparse, byte for byte the guest's disk; made by us, or proved to be the one we made.
+
+O_EXCL does not exclude on a file that exists, so two locks do (flock, and an OFD lock as QEMU's image locking sees it), and a
+look through /proc for other writers. A file we made carries a random token in the attribute user.tokvm.id, so that a copy put in
+its place, or another file of the same name, is not taken for it.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from pathlib import Path
+
+from tokvm.core.errors import TargetError, UnsafeTarget
+from tokvm.targets import interlocks, linux, topology
+from tokvm.targets.interlocks import Consent
+from tokvm.targets.medium import Medium
+
+log = logging.getLogger(__name__)
+
+TOKEN = "user.tokvm.id"
+_PSEUDO = ("/dev/", "/proc/", "/sys/")
+_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+
+
+class RawFile(Medium):
+    """DiskWriter on a regular file. `known_zero` only for a file that this object made and has not written yet."""
+
+    @classmethod
+    def create(cls, path: str, *, size: int) -> RawFile:
+        """A new sparse file of `size` bytes, mode 0600; UnsafeTarget when anything is there already."""
+        _refuse_pseudo(path)
+        try:
+            fd = os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError as exc:
+            raise UnsafeTarget("something appeared at the path just now", where=path, fix="look who made it") from exc
+        except OSError as exc:
+            raise _cannot_open(path, exc) from exc
+        try:
+            interlocks.take_locks(path, fd)
+            os.ftruncate(fd, size)
+            identity = file_identity(fd, mark=True)
+            os.fsync(fd)
+            _sync_directory(Path(path).parent)
+            _warn_if_tight(path, fd, size)
+            return cls(fd, path=path, size=size, identity=identity, known_zero=True)
+        except OSError as exc:
+            os.close(fd)
+            raise TargetError(f"the file cannot be made: {exc.strerror}", where=path, fix="check the filesystem") from exc
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def open(cls, path: str, *, size: int, expect: str | None, consent: Consent) -> RawFile:
+        """An existing file: empty, ours by `expect`, or given up by the operator. Grown to `size` if smaller, never cut."""
+        try:
+            fd = os.open(path, _FLAGS)
+        except OSError as exc:
+            raise _cannot_open(path, exc) from exc
+        try:
+            _check(path, fd, expect=expect, consent=consent)
+            blank = os.fstat(fd).st_size == 0
+            identity = file_identity(fd, mark=expect is None)
+            if os.fstat(fd).st_size < size:
+                os.ftruncate(fd, size)
+            os.fsync(fd)
+            actual = os.fstat(fd).st_size
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            return cls(fd, path=path, size=actual, identity=identity, known_zero=blank)
+        except OSError as exc:
+            os.close(fd)
+            raise TargetError(f"the file cannot be used: {exc.strerror}", where=path, fix="check the filesystem") from exc
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def _zero_range(self, offset: int, length: int) -> None:
+        """A hole where the filesystem can punch one; else unwritten blocks, which read as zeros too."""
+        try:
+            linux.fallocate(self._fd, linux.FALLOC_PUNCH_HOLE | linux.FALLOC_KEEP_SIZE, offset, length)
+        except OSError as exc:
+            if exc.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            linux.fallocate(self._fd, linux.FALLOC_ZERO_RANGE | linux.FALLOC_KEEP_SIZE, offset, length)
+
+
+def _check(path: str, fd: int, *, expect: str | None, consent: Consent) -> None:
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise interlocks.refuse_kind(path, status.st_mode)
+    if status.st_nlink > 1:
+        raise UnsafeTarget("the file has more than one name (hard links)", where=path, fix="give a file of its own")
+    loops = topology.loops_over(status.st_dev, status.st_ino)
+    if loops:
+        raise UnsafeTarget(
+            f"{', '.join(loops)} lies on the file", where=path, fix="detach it (losetup -d), or give another file"
+        )
+    if topology.is_swap_file(status):
+        raise UnsafeTarget("the host swaps on the file", where=path, fix="give another file")
+    interlocks.refuse_moved(path, fd)
+    interlocks.take_locks(path, fd)
+    interlocks.refuse_writers(path, status)
+    if expect is not None:
+        interlocks.refuse_other_identity(path, expect, file_identity(fd, mark=False))
+        return
+    if status.st_size and not consent.covers(status.st_size, (), needs_confirm=False):
+        detail = f", and {consent.confirm!r} is not its size" if consent.force else ""
+        raise UnsafeTarget(
+            f"a file of {status.st_size} bytes is there already, and no run of ours made it{detail}",
+            where=path,
+            fix=f"give another path, remove it, or if it may be lost repeat its size: --overwrite {path}={status.st_size}",
+        )
+
+
+def file_identity(fd: int, *, mark: bool) -> str:
+    """`file:inode:token`; with `mark` a file without a token gets one. Where the filesystem takes no attributes, the inode and
+    the time of its birth. No device number: it may be another after a reboot."""
+    inode = os.fstat(fd).st_ino
+    try:
+        token = os.getxattr(fd, TOKEN).decode("ascii", "replace")
+    except OSError:
+        token = _new_token(fd) if mark else ""
+    return f"file:{inode}:{token}" if token else f"file:{inode}:born-{linux.birth_time(fd)}"
+
+
+def _new_token(fd: int) -> str:
+    token = os.urandom(16).hex()
+    try:
+        os.setxattr(fd, TOKEN, token.encode("ascii"))
+    except OSError as exc:
+        log.info("the filesystem takes no attribute %s (%s)", TOKEN, exc.strerror)
+        return ""
+    return token
+
+
+def _refuse_pseudo(path: str) -> None:
+    """A mistyped device name must not become a file in memory."""
+    real = str(Path(path).parent.resolve()) + "/"
+    if real.startswith(_PSEUDO) and not real.startswith("/dev/shm/"):
+        raise UnsafeTarget(
+            "there is no such device, and a file would not belong there", where=path, fix="check the device's name"
+        )
+
+
+def _cannot_open(path: str, exc: OSError) -> TargetError:
+    if exc.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY):
+        return UnsafeTarget(f"the file cannot be opened for writing: {exc.strerror}", where=path, fix="give another path")
+    return TargetError(f"the file cannot be opened: {exc.strerror}", where=path, fix="check that its directory exists")
+
+
+def _warn_if_tight(path: str, fd: int, size: int) -> None:
+    found = os.fstatvfs(fd)
+    free = found.f_bavail * found.f_frsize
+    if free < size:
+        log.warning("%s: the filesystem has %d bytes free, the disk may grow to %d", path, free, size)
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

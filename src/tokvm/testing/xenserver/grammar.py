@@ -1,0 +1,123 @@
+"""The contract, word by word (docs/xenserver-commands.md): which command lines there are, in which order of arguments.
+
+A line is first taken apart as the remote shell would, refusing whatever that shell would *do* something about: a client that
+forgets to quote must be seen here, not on somebody's dom0.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from typing import NamedTuple
+
+from tokvm.testing.xenserver.errors import NotInContract
+
+UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+VM_LIST = "uuid|name-label|power-state"
+VM_FIELD = (
+    "uuid|name-label|name-description|power-state|VCPUs-max|memory-static-max|HVM-boot-policy|HVM-boot-params|platform|"
+    "PV-bootloader|ha-restart-priority|blocked-operations|other-config|current-operations|dom-id"
+)
+VBD_FIELD = "uuid|userdevice|device|bootable|vdi-uuid|mode|currently-attached"
+VDI_FIELD = "virtual-size|sr-uuid|name-label|sharable|snapshot-of|sm-config"
+SR_FIELD = "type|name-label|physical-size|physical-utilisation"
+VIF_FIELD = "device|MAC|network-name-label"
+READ_KEY = "tokvm-owner|tokvm-fence|auto_poweron"
+BLOCK_KEY = "start|start_on|resume"
+MARK = r"tokvm-[A-Za-z0-9][A-Za-z0-9._-]*"
+
+SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_@%+=:,./-\t ")
+TAIL = re.compile(r"set -o pipefail; (xe vdi-export [^|;&]*) \| tail -c \+([1-9][0-9]{0,18})")
+
+
+class Rule(NamedTuple):
+    name: str
+    words: tuple[re.Pattern[str], ...]
+
+
+class Command(NamedTuple):
+    """A line of the contract and the named values in it. `first`: bytes of an export to leave out."""
+
+    name: str
+    values: dict[str, str]
+    first: int = 0
+
+
+def _rule(name: str, *words: str) -> Rule:
+    filled = (word.replace("<uuid>", f"(?P<uuid>{UUID})").replace("<base>", f"(?P<base>{UUID})") for word in words)
+    return Rule(name, tuple(re.compile(word, re.DOTALL) for word in ("xe", name, *filled)))
+
+
+LISTED = ("is-control-domain=false", "is-a-template=false", "is-a-snapshot=false")
+_OWN = r"other-config:(?P<key>tokvm-fence|auto_poweron)=(?P<value>.*)"
+_BLOCK = rf"blocked-operations:(?P<key>{BLOCK_KEY})=(?P<value>.+)"
+_HA = r"(?P<key>ha-restart-priority)=(?P<value>.*)"
+RULES = (
+    _rule("vm-list", *LISTED, f"params=(?P<param>{VM_LIST})", "--minimal"),
+    _rule("vm-param-get", "uuid=<uuid>", f"param-name=(?P<param>{VM_FIELD})"),
+    _rule("vm-param-get", "uuid=<uuid>", "param-name=(?P<param>other-config)", f"param-key=(?P<key>{READ_KEY})"),
+    _rule("vm-param-get", "uuid=<uuid>", "param-name=(?P<param>blocked-operations)", f"param-key=(?P<key>{BLOCK_KEY})"),
+    _rule("vbd-list", "vm-uuid=<uuid>", "type=Disk", f"params=(?P<param>{VBD_FIELD})", "--minimal"),
+    _rule("vdi-param-get", "uuid=<uuid>", f"param-name=(?P<param>{VDI_FIELD})"),
+    _rule("sr-param-get", "uuid=<uuid>", f"param-name=(?P<param>{SR_FIELD})"),
+    _rule("vif-list", "vm-uuid=<uuid>", f"params=(?P<param>{VIF_FIELD})", "--minimal"),
+    _rule("vtpm-list", "vm-uuid=<uuid>", "params=(?P<param>uuid)", "--minimal"),
+    _rule("snapshot-list", "snapshot-of=<uuid>", "params=(?P<param>uuid|name-label)", "--minimal"),
+    _rule("vm-snapshot", "uuid=<uuid>", f"new-name-label=(?P<label>{MARK})"),
+    _rule("vdi-export", "uuid=<uuid>", "format=vhd", "filename="),
+    _rule("vdi-export", "uuid=<uuid>", "format=vhd", "base=<base>", "filename="),
+    _rule("snapshot-uninstall", "uuid=<uuid>", "force=true"),
+    _rule("vm-param-add", "uuid=<uuid>", "param-name=other-config", "(?P<key>tokvm-owner)=(?P<value>.+)"),
+    _rule("vm-param-remove", "uuid=<uuid>", "param-name=(?P<param>other-config)", "param-key=(?P<key>tokvm-owner|tokvm-fence)"),
+    _rule("vm-param-remove", "uuid=<uuid>", "param-name=(?P<param>blocked-operations)", f"param-key=(?P<key>{BLOCK_KEY})"),
+    _rule("vm-param-set", "uuid=<uuid>", _OWN),
+    _rule("vm-param-set", "uuid=<uuid>", _BLOCK),
+    _rule("vm-param-set", "uuid=<uuid>", _HA),
+    _rule("vm-shutdown", "uuid=<uuid>"),
+    _rule("vm-shutdown", "uuid=<uuid>", "(?P<force>force=true)"),
+    _rule("vm-start", "uuid=<uuid>"),
+)
+
+
+def parse(line: str) -> Command:
+    """The command in `line`, or NotInContract saying why it is none."""
+    tail = TAIL.fullmatch(line)
+    if tail is not None:
+        command = _match(_words(tail[1]))
+        return command._replace(first=int(tail[2]) - 1)
+    return _match(_words(line))
+
+
+def _words(line: str) -> list[str]:
+    """POSIX words of a line in which everything but plain characters is inside single quotes, or in "'" for a quote."""
+    bare, quoted = [], False
+    for part in line.replace("'\"'\"'", "").split("'"):
+        if not quoted:
+            bare.append(part)
+        quoted = not quoted
+    if not quoted:
+        raise NotInContract("unexpected end of file while looking for matching `''", 2)
+    odd = sorted({char for part in bare for char in part} - SAFE)
+    if odd:
+        raise NotInContract(f"the shell would act on unquoted {odd}", 2)
+    return shlex.split(line)
+
+
+def _match(words: list[str]) -> Command:
+    for rule in RULES:
+        if len(rule.words) != len(words):
+            continue
+        values: dict[str, str] = {}
+        for pattern, word in zip(rule.words, words, strict=True):
+            found = pattern.fullmatch(word)
+            if found is None:
+                break
+            values.update(found.groupdict())
+        else:
+            return Command(rule.name, values)
+    known = len(words) > 1 and words[0] == "xe" and any(rule.name == words[1] for rule in RULES)
+    if known:
+        raise NotInContract(f"Required parameter not found or unknown argument: {' '.join(words[2:])}")
+    if words[:1] == ["xe"]:
+        raise NotInContract(f"Unknown command: {' '.join(words[1:2])}")
+    raise NotInContract(f"-bash: {' '.join(words[:1])}: command not found", 127)

@@ -1,0 +1,169 @@
+"""What the played XenServer knows, in STATE_DIR/state.json.
+
+    STATE_DIR/  state.json   everything below; replaced atomically, read and written under `lock`
+                lock         flock: one writer at a time
+                backend/     the disks and the guests (the backend's own)
+                exports/     VHD files made for vdi-export, kept so that a second export of the same is quick
+                run/         pid files of workers that outlive their command
+                commands.log exports.log events.log violations faults.json
+
+Plain dicts, because every single command loads this and must answer within milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from typing import TypedDict, cast
+
+RUNNING = "running"
+HALTED = "halted"
+
+
+class Vbd(TypedDict):
+    """A disk or CD drive of a VM. `vdi` is empty for an empty drive."""
+
+    uuid: str
+    userdevice: str
+    device: str
+    type: str
+    bootable: bool
+    mode: str
+    vdi: str
+
+
+class Vif(TypedDict):
+    device: str
+    mac: str
+    network: str
+
+
+class Operation(TypedDict):
+    """An entry of current-operations: what the toolstack has in hand."""
+
+    ref: str
+    name: str
+    pid: int
+    tick: int
+
+
+class Vm(TypedDict):
+    """A VM, a snapshot (`snapshot_of` set), a template or dom0. `off_since`: wall clock of the last power-off, 0 if HA is not owed
+    a look at it."""
+
+    uuid: str
+    name: str
+    power: str
+    domid: int
+    snapshot_of: str
+    template: bool
+    control: bool
+    fields: dict[str, str]
+    maps: dict[str, dict[str, str]]
+    operations: list[Operation]
+    vbds: list[Vbd]
+    vifs: list[Vif]
+    vtpms: list[str]
+    off_since: float
+    linger_until: float
+
+
+class Vdi(TypedDict):
+    """`vm`, `disk` and `frozen` name the bytes to the backend: disk number `disk` of `vm`, live (`frozen` empty) or as
+    frozen under that name. `readers`: pids and start ticks of exports. `busy_until`: dom0 detaches it late."""
+
+    uuid: str
+    size: int
+    sr: str
+    label: str
+    sharable: bool
+    snapshot_of: str
+    sm_config: dict[str, str]
+    vm: str
+    disk: int
+    frozen: str
+    readers: list[tuple[int, int]]
+    busy_until: float
+
+
+class Sr(TypedDict):
+    type: str
+    label: str
+    size: int
+    used: int
+
+
+class Options(TypedDict):
+    """How this host behaves. ha_delay_s < 0: no HA. in_use_s: how long a VDI stays attached to dom0 after an export.
+    clean_timeout_s: how long xe waits for a guest to shut down. linger_s: how long the domain outlives `halted`."""
+
+    backend: str
+    ha_delay_s: float
+    in_use_s: float
+    clean_timeout_s: float
+    linger_s: float
+    vtpm_known: bool
+
+
+class State(TypedDict):
+    vms: dict[str, Vm]
+    vdis: dict[str, Vdi]
+    srs: dict[str, Sr]
+    options: Options
+    next_domid: int
+
+
+class Store:
+    """The state directory. `read` is a snapshot; inside `change` the state is ours alone and written at the end."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def path(self, *parts: str) -> str:
+        return os.path.join(self.folder, *parts)  # noqa: PTH118  (pathlib costs 5 ms at the start of every command)
+
+    def read(self) -> State:
+        with open(self.path("state.json"), encoding="ascii") as file:
+            return cast("State", json.load(file))
+
+    @contextlib.contextmanager
+    def change(self) -> Iterator[State]:
+        """The state, locked; written back unless the body raises."""
+        with self.locked():
+            state = self.read()
+            yield state
+            self.write(state)
+
+    @contextlib.contextmanager
+    def locked(self, name: str = "lock") -> Iterator[None]:
+        lock = os.open(self.path(name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
+
+    def write(self, state: State) -> None:
+        """Only under `locked`."""
+        replace(self.path("state.json"), json.dumps(state))
+
+    def append(self, name: str, record: dict[str, object]) -> None:
+        """One JSON line, written at once, so that concurrent commands never mix theirs."""
+        line = json.dumps({"time": time.time(), **record}) + "\n"
+        file = os.open(self.path(name), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(file, line.encode())
+        finally:
+            os.close(file)
+
+
+def replace(path: str, text: str) -> None:
+    """Whoever reads `path` sees the old text or the new one, whole."""
+    fresh = f"{path}.{os.getpid()}.new"
+    with open(fresh, "w", encoding="ascii") as file:
+        file.write(text)
+    os.replace(fresh, path)  # noqa: PTH105
