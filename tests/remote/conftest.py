@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pwd
+import shlex
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +20,7 @@ import pytest
 
 from tokvm.remote.ssh import SshConfig, SshHost
 
+SFTP_SERVER = "/usr/lib/openssh/sftp-server"
 USER = pwd.getpwuid(os.getuid()).pw_name
 
 
@@ -60,7 +64,7 @@ class Server:
     directory: Path
     port: int
     process: subprocess.Popen[bytes] | None = None
-    extra: str = ""
+    sftp: str = SFTP_SERVER
 
     @property
     def user_key(self) -> Path:
@@ -91,12 +95,25 @@ class Server:
         if os.geteuid() == 0:
             Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
         config = self.directory / "sshd_config"
-        config.write_text(
-            f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {self.host_key}\nPidFile none\nUsePAM no\n"
-            f"AuthorizedKeysFile {self.directory}/authorized_keys\nStrictModes no\nPermitRootLogin prohibit-password\n"
-            f"PasswordAuthentication no\nKbdInteractiveAuthentication no\nUseDNS no\nSetEnv HOME=/nonexistent\nMaxStartups 100\n{self.extra}\n"
-            + ("" if "Subsystem" in self.extra else "Subsystem sftp /usr/lib/openssh/sftp-server\n")
-        )
+        settings = [
+            f"Port {self.port}",
+            "ListenAddress 127.0.0.1",
+            f"HostKey {self.host_key}",
+            f"AuthorizedKeysFile {self.directory}/authorized_keys",
+            "PidFile none",
+            "UsePAM no",
+            "UseDNS no",
+            "StrictModes no",
+            "PermitRootLogin prohibit-password",
+            "PasswordAuthentication no",
+            "KbdInteractiveAuthentication no",
+            "MaxStartups 100",
+            "KexAlgorithms curve25519-sha256",  # the post-quantum one costs 60 ms of CPU a connection
+            # bash reads ~/.bashrc for ssh's commands too; what is in it is none of the tests' business
+            f"SetEnv HOME={self.directory}",
+            f"Subsystem sftp {self.sftp}",
+        ]
+        config.write_text("\n".join(settings) + "\n")
         argv = ["/usr/sbin/sshd", "-D", "-E", str(self.directory / "log"), "-f", str(config)]
         self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 10
@@ -148,15 +165,44 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server.stop()
 
 
+class FakeSftp:
+    """A server whose sftp subsystem is `fake_sftp.py`, and the faults it has from the next session on."""
+
+    def __init__(self, server: Server, faults: Path) -> None:
+        self.server = server
+        self._faults = faults
+
+    def faults(self, **faults: object) -> None:
+        self._faults.write_text(json.dumps(faults))
+
+
+@pytest.fixture(scope="session")
+def shared_fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeSftp]:
+    directory = tmp_path_factory.mktemp("fake")
+    faults = directory / "faults.json"
+    server = Server(directory, free_port())
+    server.sftp = shlex.join([sys.executable, "-IS", str(Path(__file__).with_name("fake_sftp.py")), str(faults)])
+    server.prepare()
+    server.start()
+    yield FakeSftp(server, faults)
+    server.stop()
+
+
+@pytest.fixture
+def fake(shared_fake: FakeSftp) -> FakeSftp:
+    shared_fake.faults()
+    return shared_fake
+
+
 @pytest.fixture
 def make_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     """Servers of one's own, to be stopped, frozen or given another key."""
     made: list[Server] = []
 
-    def make(extra: str = "") -> Server:
+    def make(*, sftp: str = SFTP_SERVER) -> Server:
         directory = tmp_path / f"sshd-{len(made)}"
         directory.mkdir()
-        server = Server(directory, free_port(), extra=extra)
+        server = Server(directory, free_port(), sftp=sftp)
         server.prepare()
         server.start()
         made.append(server)

@@ -74,9 +74,7 @@ def convert(chain: Chain, spec: TargetSpec, progress: PassProgress) -> PassResul
     writer = open_target(spec, size=chain.size)
     try:
         progress.begin(reader.total)
-        return run_pass(
-            reader, writer, state=TargetState.UNKNOWN, resume=None, record=_keep_nothing, progress=progress.advance
-        )
+        return run_pass(reader, writer, state=TargetState.UNKNOWN, resume=None, record=_keep_nothing, progress=progress.advance)
     finally:
         writer.close()
         reader.close()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 from tokvm.app.plan import DEFAULT_LIBVIRT, SshOptions, TargetChoice, choose_targets, pairs
 from tokvm.app.sources import open_source
 from tokvm.app.targets import spec_of
-from tokvm.core.errors import Blocked, DomainError, UnsafeTarget
+from tokvm.core.errors import Blocked, DomainError, TargetError
 from tokvm.core.machine import Finding, Severity, VirtualMachine
 from tokvm.domain.host import LibvirtHost
 from tokvm.sources.base import MachineSummary, Source
@@ -67,18 +67,20 @@ def check(
         vm = source.inspect(source.find(name))
         findings = list(source.check(vm))
     targets = choose_targets(vm, to, pairs(overwrite, "--overwrite")) if to else ()
-    for disk, choice in zip(vm.disks, targets, strict=False):
-        findings += _check_target(choice, disk.size)
+    findings += check_targets(vm, targets)
     findings += _check_libvirt(libvirt or DEFAULT_LIBVIRT, needed=libvirt is not None)
     return CheckReport(vm, targets, tuple(findings))
 
 
-def _check_target(choice: TargetChoice, size: int) -> list[Finding]:
-    try:
-        probe_target(spec_of(choice), size=size)
-    except UnsafeTarget as unsafe:
-        return [Finding(Severity.BLOCKER, unsafe.what, unsafe.fix, unsafe.where or choice.path)]
-    return []
+def check_targets(vm: VirtualMachine, targets: Sequence[TargetChoice]) -> list[Finding]:
+    """What the interlocks would refuse, found without writing a byte."""
+    findings = []
+    for disk, choice in zip(vm.disks, targets, strict=False):
+        try:
+            probe_target(spec_of(choice), size=disk.size)
+        except TargetError as error:
+            findings.append(Finding(Severity.BLOCKER, error.what, error.fix, error.where or choice.path))
+    return findings
 
 
 def _check_libvirt(url: str, *, needed: bool) -> list[Finding]:

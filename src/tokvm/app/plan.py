@@ -81,7 +81,9 @@ def choose_targets(vm: VirtualMachine, to: list[str], overwrite: dict[str, str])
         raise UsageError("two disks were given the same target", fix="give each disk a path of its own")
     unknown = set(overwrite) - set(paths)
     if unknown:
-        raise UsageError(f"--overwrite names {sorted(unknown)[0]!r}, which is no target here", fix="repeat the path given to --to")
+        raise UsageError(
+            f"--overwrite names {sorted(unknown)[0]!r}, which is no target here", fix="repeat the path given to --to"
+        )
     return tuple(TargetChoice(path, overwrite.get(path)) for path in paths)
 
 

@@ -1,7 +1,7 @@
 """From a source's URL to a Source.
 
-    xenserver://[user@]host[:port]      dom0 over SSH (root when no user is given); XCP-ng too
-    files:BASE[,CHILD…]                 image files that are already here, base first
+xenserver://[user@]host[:port]      dom0 over SSH (root when no user is given); XCP-ng too
+files:BASE[,CHILD…]                 image files that are already here, base first
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ def cutover(
     force_off: options.ForceOff = False,
     deadline: options.Deadline = "5m",
     proof: options.Proof = "5m",
+    probe: options.Probe = None,
     state_dir: options.StateDir = None,
     json: options.Json = False,
     events: options.Events = False,
@@ -34,6 +35,7 @@ def cutover(
             force_off=force_off,
             deadline_s=options.duration(deadline) or 300.0,
             proof_s=options.duration(proof) or 0.0,
+            probe=probe,
         )
         if json:
             print_json(report.to_dict())

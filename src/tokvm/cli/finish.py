@@ -5,7 +5,7 @@ from __future__ import annotations
 from tokvm.app.workshop import Workshop
 from tokvm.cli import options
 from tokvm.cli.output import print_json
-from tokvm.cli.summaries import print_lines, print_status
+from tokvm.cli.summaries import print_finish, print_lines
 
 
 def finish(
@@ -16,7 +16,7 @@ def finish(
     dry_run: options.DryRun = False,
     verbose: options.Verbose = 0,
 ) -> None:
-    """Remove our snapshots from the source. After a cutover the source VM stays off and fenced, so that nobody starts the old copy."""
+    """Remove our snapshots from the source. After a cutover the old copy stays off and fenced, so that nobody starts it."""
     with (
         options.running(json=json, events=events, verbose=verbose) as reporter,
         Workshop.open(state_dir, reporter) as shop,
@@ -25,9 +25,8 @@ def finish(
         if dry_run:
             print_lines(job.finish_steps(), json=json)
             return
-        job.migration.finish()
-        status = job.migration.status()
+        report = job.migration.finish()
         if json:
-            print_json(status.to_dict())
+            print_json(report.to_dict())
         else:
-            print_status(status)
+            print_finish(report)

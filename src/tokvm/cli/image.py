@@ -53,7 +53,8 @@ def convert(
     files: Images,
     to: Annotated[str, typer.Option("--to", help="A raw file or a block device.")],
     overwrite: Annotated[
-        str | None, typer.Option("--overwrite", help="The target's size or serial: its content may be lost.", show_default=False)
+        str | None,
+        typer.Option("--overwrite", help="The target's size or serial: its content may be lost.", show_default=False),
     ] = None,
     json: options.Json = False,
     events: options.Events = False,

@@ -18,6 +18,7 @@ def migrate(
     force_off: options.ForceOff = False,
     deadline: options.Deadline = "5m",
     proof: options.Proof = "5m",
+    probe: options.Probe = None,
     overwrite: options.Overwrite = None,
     network: options.Network = None,
     libvirt: options.Libvirt = None,
@@ -55,6 +56,7 @@ def migrate(
                 force_off=force_off,
                 deadline_s=options.duration(deadline) or 300.0,
                 proof_s=options.duration(proof) or 0.0,
+                probe=probe,
             )
             status = job.migration.status()
         if json:

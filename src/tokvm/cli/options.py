@@ -46,10 +46,14 @@ StateDir = Annotated[
     typer.Option("--state-dir", help="Where tokvm remembers [$TOKVM_STATE_DIR, else /var/lib/tokvm].", show_default=False),
 ]
 Name = Annotated[str, typer.Argument(help="The VM's name or uuid, or the migration's id.")]
-SourceUrl = Annotated[str, typer.Argument(help="xenserver://[user@]HOST[:PORT], or files:BASE.vhd[,CHILD.vhd…]", metavar="SOURCE")]
+SourceUrl = Annotated[
+    str, typer.Argument(help="xenserver://[user@]HOST[:PORT], or files:BASE.vhd[,CHILD.vhd…]", metavar="SOURCE")
+]
 To = Annotated[
     list[str] | None,
-    typer.Option("--to", help="A directory for raw files, or one file or block device for each disk, in order.", show_default=False),
+    typer.Option(
+        "--to", help="A directory for raw files, or one file or block device for each disk, in order.", show_default=False
+    ),
 ]
 Overwrite = Annotated[
     list[str] | None,
@@ -65,15 +69,20 @@ Network = Annotated[
         show_default=False,
     ),
 ]
-Libvirt = Annotated[str | None, typer.Option("--libvirt", help="The libvirt to start the VM on [qemu:///system].", show_default=False)]
+Libvirt = Annotated[
+    str | None, typer.Option("--libvirt", help="The libvirt to start the VM on [qemu:///system].", show_default=False)
+]
 Domain = Annotated[str | None, typer.Option("--domain", help="The domain's name on KVM [the VM's name].", show_default=False)]
 Machine = Annotated[str | None, typer.Option("--machine", help="q35 or pc [q35].", show_default=False)]
 Bus = Annotated[str | None, typer.Option("--bus", help="virtio-blk, virtio-scsi or sata [virtio-blk].", show_default=False)]
 Identity = Annotated[str | None, typer.Option("--identity", "-i", help="The SSH key to use.", show_default=False)]
 SshFile = Annotated[str | None, typer.Option("--ssh-config", help="An ssh_config instead of your own.", show_default=False)]
-KnownHosts = Annotated[str | None, typer.Option("--known-hosts", help="Host keys instead of your own file.", show_default=False)]
+KnownHosts = Annotated[
+    str | None, typer.Option("--known-hosts", help="Host keys instead of your own file.", show_default=False)
+]
 AcceptKey = Annotated[
-    bool, typer.Option("--accept-new-host-key", help="Learn the host's key when it is unknown (a changed one is always refused).")
+    bool,
+    typer.Option("--accept-new-host-key", help="Learn the host's key when it is unknown (a changed one is always refused)."),
 ]
 Silence = Annotated[
     str, typer.Option("--silence", help="Give a connection up that moves no byte for so long.", metavar="DURATION")
@@ -82,7 +91,8 @@ RateLimit = Annotated[
     str | None, typer.Option("--rate-limit", help="Bytes per second at most, e.g. 200M.", metavar="SIZE", show_default=False)
 ]
 Passes = Annotated[
-    int | None, typer.Option("--passes", help="Passes to make, base included [until they get no smaller].", min=1, show_default=False)
+    int | None,
+    typer.Option("--passes", help="Passes to make, base included [until they get no smaller].", min=1, show_default=False),
 ]
 Budget = Annotated[
     str | None,
@@ -95,6 +105,10 @@ Budget = Annotated[
 ]
 ForceOff = Annotated[bool, typer.Option("--force-off", help="Cut the VM's power when it does not shut down by the deadline.")]
 Deadline = Annotated[str, typer.Option("--deadline", help="How long the guest may take to shut down.", metavar="DURATION")]
+Probe = Annotated[
+    str | None,
+    typer.Option("--probe", help="A sign of life besides the guest agent's: tcp:HOST:PORT answers.", show_default=False),
+]
 Proof = Annotated[str, typer.Option("--proof", help="How long the target may take to show life.", metavar="DURATION")]
 
 

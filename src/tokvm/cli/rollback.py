@@ -32,8 +32,7 @@ def rollback(
         if dry_run:
             print_lines(job.rollback_steps(), json=json)
             return
-        job.migration.rollback(accept_data_loss=accept_data_loss)
-        status = job.migration.status()
+        status = job.migration.rollback(accept_data_loss=accept_data_loss)
         if json:
             print_json(status.to_dict())
         else:

@@ -13,7 +13,9 @@ from tokvm.cli.summaries import print_status
 
 
 def status(
-    name: Annotated[str | None, typer.Argument(help="One migration: the VM's name or uuid, or the id.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="One migration: the VM's name or uuid, or the id.", show_default=False)
+    ] = None,
     state_dir: options.StateDir = None,
     json: options.Json = False,
     verbose: options.Verbose = 0,
@@ -26,4 +28,6 @@ def status(
         elif name is not None:
             print_status(found[0])
         else:
-            print_table(("id", "phase", "passes", "vm", "source"), ((s.id, s.phase, s.passes_done, s.name, s.source) for s in found))
+            print_table(
+                ("id", "phase", "passes", "vm", "source"), ((s.id, s.phase, s.passes_done, s.name, s.source) for s in found)
+            )

@@ -33,7 +33,7 @@ def sync(
     silence: options.Silence = "30s",
     verbose: options.Verbose = 0,
 ) -> None:
-    """Copy a running VM's disks, then what changed since. Interrupted, the same command goes on; done, it makes one more pass."""
+    """Copy a running VM's disks, then what changed since. Interrupted, the same command goes on; done, it syncs once more."""
     ssh = SshArguments(identity, ssh_config, known_hosts, accept_new_host_key, silence)
     target = TargetArguments(to or [], overwrite or [], network or [], libvirt, domain, machine, bus, rate_limit)
     with (

@@ -18,7 +18,9 @@ def verify(
     name: options.Name,
     sample: Annotated[
         float | None,
-        typer.Option("--sample", help="Check this fraction (0-1) only, chosen at random.", min=0.0, max=1.0, show_default=False),
+        typer.Option(
+            "--sample", help="Check this fraction (0-1) only, chosen at random.", min=0.0, max=1.0, show_default=False
+        ),
     ] = None,
     state_dir: options.StateDir = None,
     json: options.Json = False,

@@ -44,6 +44,8 @@ class Chain:
         _check_unique(layers)
         for parent, child in pairwise(layers):
             _check_order(parent, child)
+        _check_loop(layers)
+        for parent, child in pairwise(layers):
             for problem in _linkage_problems(parent, child):
                 if not force_linkage:
                     raise problem
@@ -152,10 +154,17 @@ def _check_unique(layers: Sequence[Layer]) -> None:
                 what = f"it is the same layer as {seen[key].name} (id {layer.identity})"
                 raise ImageError(what, where=layer.name, fix=_LIST_ALL)
             seen[key] = layer
-    parent = layers[0].parent_identity
-    if parent in seen and parent is not None and parent != RAW_IDENTITY:
-        what = f"the chain is a loop: its lowest layer names {parent} as parent, which is {seen[parent].name}"
-        raise ImageError(what, where=layers[0].name, fix="the ids were tampered with or a file was copied over another")
+
+
+def _check_loop(layers: Sequence[Layer]) -> None:
+    """The lowest layer's parent must not be in the chain."""
+    lowest = layers[0]
+    if lowest.parent_identity == RAW_IDENTITY:
+        return
+    for layer in layers:
+        if layer.identity == lowest.parent_identity:
+            what = f"the chain is a loop: its lowest layer names {layer.identity} as parent, which is {layer.name}"
+            raise ImageError(what, where=lowest.name, fix="the ids were tampered with or a file was copied over another")
 
 
 def _check_order(parent: Layer, child: Layer) -> None:

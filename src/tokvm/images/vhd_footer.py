@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from tokvm.core.errors import ImageError
 from tokvm.images.base import ReadAt
-from tokvm.images.vhd_structs import FOOTER_COOKIE, FOOTER_SIZE, POISON_COOKIE, DiskType, Footer, bad_field
+from tokvm.images.vhd_structs import FOOTER_COOKIE, FOOTER_SIZE, POISON_COOKIE, DiskType, Footer, bad_field, is_intact
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,9 @@ def find_footer(file: ReadAt) -> FoundFooter:
     try:
         footer = Footer.parse(raw, name=file.name, offset=at)
     except ImageError as exc:
-        return _fall_back(file, raw, exc)
+        if is_intact(raw) or raw[:8] == POISON_COOKIE:  # its writer meant it, so the copy is no way around it
+            raise
+        return _fall_back(file, exc)
     warnings = () if footer.type is DiskType.FIXED else _compare_copy(file, footer)
     return FoundFooter(footer, at, at, warnings)
 
@@ -58,9 +60,9 @@ def _read(file: ReadAt, offset: int, length: int) -> bytes:
     return bytes(raw.ljust(FOOTER_SIZE, b"\0"))
 
 
-def _fall_back(file: ReadAt, trailing: bytes, error: ImageError) -> FoundFooter:
+def _fall_back(file: ReadAt, error: ImageError) -> FoundFooter:
     copy = _read(file, 0, FOOTER_SIZE)
-    if trailing[:8] == POISON_COOKIE or copy[:8] not in (FOOTER_COOKIE, POISON_COOKIE):
+    if not is_intact(copy) and copy[:8] != POISON_COOKIE:
         raise error
     footer = Footer.parse(copy, name=file.name, offset=0)
     if footer.type is DiskType.FIXED:  # a fixed disk has no copy: the guest wrote this

@@ -24,7 +24,7 @@ import numpy as np
 from tokvm.core.disk import BufferPool, Chunk
 from tokvm.core.errors import ImageError
 from tokvm.core.extents import ExtentKind, ExtentMap
-from tokvm.core.units import MiB
+from tokvm.core.units import KiB, MiB
 from tokvm.images.base import WINDOW, ByteStream
 from tokvm.images.buffers import SharedBuffer, page_offset
 from tokvm.images.raw import linear_map
@@ -33,7 +33,8 @@ from tokvm.images.vhd_blocks import BlockTable
 from tokvm.images.vhd_prefix import Prefix, read_prefix
 from tokvm.images.vhd_structs import FOOTER_SIZE, Footer, bad_field
 
-_MAX_TAIL = 16 * MiB  # of a delta without blocks: locators and batmap before the footer
+_MAX_SLACK = 64 * KiB  # between the last block and the footer: Windows pads to 4 KiB
+_MAX_TAIL = 16 * MiB  # the same where there are no blocks: locators and batmap
 _WORTH_READING_PAST = 1 * MiB  # reading on is cheaper than a second export that the host must seek through
 
 
@@ -211,17 +212,18 @@ class VhdStream:
         return buffer
 
     def _check_end(self, cursor: StreamCursor) -> None:
-        """The trailing footer, and nothing behind it; then the sender's own word."""
-        cursor.skip_to(self._prefix.blocks_end, "the last block")
-        has_gap = self._prefix.table is not None and not len(self._prefix.order)
+        """The last bytes are a footer that says the same as the first; and the sender says that it is done."""
+        prefix = self._prefix
+        cursor.skip_to(prefix.blocks_end, "the last block")
         at = cursor.position
-        rest = cursor.read_rest(_MAX_TAIL if has_gap else FOOTER_SIZE)
+        limit = (_MAX_TAIL if prefix.table is not None and not len(prefix.order) else _MAX_SLACK) + FOOTER_SIZE
+        rest = cursor.read_rest(limit)
         cursor.finish()
-        if len(rest) < FOOTER_SIZE or (len(rest) > FOOTER_SIZE and not has_gap) or len(rest) > _MAX_TAIL:
-            read = f"{len(rest)} bytes" if len(rest) <= FOOTER_SIZE else "more than a footer"
+        if not FOOTER_SIZE <= len(rest) <= limit:
+            read = f"{len(rest)} bytes" if len(rest) <= limit else f"more than {limit} bytes"
             raise bad_field(self.name, at, "the stream's end", read, f"a footer of {FOOTER_SIZE} bytes and nothing behind it")
         at = cursor.position - FOOTER_SIZE
-        footer, expected = Footer.parse(rest[-FOOTER_SIZE:], name=self.name, offset=at), self._prefix.footer
+        footer, expected = Footer.parse(rest[-FOOTER_SIZE:], name=self.name, offset=at), prefix.footer
         for field in ("type", "current_size", "data_offset"):
             read, allowed = getattr(footer, field), getattr(expected, field)
             if read != allowed:

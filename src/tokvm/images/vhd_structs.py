@@ -120,7 +120,7 @@ class Footer:
         fields = _FOOTER.unpack_from(raw)
         (_, features, version, data_offset, timestamp, app, app_version, creator_os) = fields[:8]
         (original, current, cylinders, heads, sectors, kind, stored, unique_id, saved, hidden) = fields[8:]
-        _check_footer_sum(raw, stored, app, app_version, name, offset)
+        _check_footer_sum(raw, stored, name, offset)
         if version >> 16 != 1:
             raise bad_field(name, offset + 12, "footer file version", f"{version:#x}", "0x10000")
         if kind not in tuple(DiskType):
@@ -178,12 +178,23 @@ def _check_footer_cookie(raw: bytes, name: str, offset: int) -> None:
         raise bad_field(name, offset, "footer cookie", raw[:8], "conectix")
 
 
-def _check_footer_sum(raw: bytes, stored: int, app: bytes, app_version: int, name: str, offset: int) -> None:
+def _footer_sums(raw: bytes) -> tuple[int, ...]:
+    """The checksums that this footer may have; the one that it should have first."""
     right = checksum(raw, 64)
-    unhidden = (right + raw[85]) & 0xFFFF_FFFF  # with hidden taken as 0, the sum is smaller and its complement larger
-    if stored == right or (app == b"tap\0" and app_version in (0x1, 0x1_0001) and stored == unhidden):
-        return
-    raise bad_field(name, offset + 64, "footer checksum", f"{stored:#010x}", f"{right:#010x}")
+    if raw[28:36] in (b"tap\0\0\0\0\1", b"tap\0\0\1\0\1"):
+        return right, (right + raw[85]) & 0xFFFF_FFFF  # summed with hidden as 0
+    return (right,)
+
+
+def is_intact(raw: bytes) -> bool:
+    """Cookie and checksum of a footer are right: whatever it says, its writer meant it."""
+    return raw[:8] == FOOTER_COOKIE and int.from_bytes(raw[64:68], "big") in _footer_sums(raw)
+
+
+def _check_footer_sum(raw: bytes, stored: int, name: str, offset: int) -> None:
+    sums = _footer_sums(raw)
+    if stored not in sums:
+        raise bad_field(name, offset + 64, "footer checksum", f"{stored:#010x}", f"{sums[0]:#010x}")
 
 
 @dataclass(frozen=True, slots=True)

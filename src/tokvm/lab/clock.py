@@ -6,7 +6,7 @@ Lines are `WORD key=value …`; data/guest_init.sh lists them. `at` is CLOCK_MON
 it restarts; `wall` is for people. A guest that lost its connection sends its last lines again: only the first arrival of an
 acknowledgement counts, and only HEARTBEAT lines, which are never sent twice, show that a guest lives.
 
-A write counts as acknowledged when its ACK arrived here. It was sent after fsync returned, so a migration that loses it lost data.
+A write counts as acknowledged when its ACK arrived here. It was sent after fsync returned, so who loses it lost data.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 MAX_LINE = 4096
 MAX_FIELDS = 32
+NUMBERS = {"ACK": ("n", "sum"), "READY": ("last", "sum", "count", "missing", "bad")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +152,9 @@ class OutsideClock:
     def ledger_report(self, guest: str, boot: str | None = None) -> LedgerReport:
         """The ledger as `boot` (default: the latest that is ready) found it, against what was acknowledged before that."""
         with self._changed:
-            ready = [found for found in self._boots.values() if found.guest == guest and found.ready and boot in {None, found.id}]
+            ready = [
+                found for found in self._boots.values() if found.guest == guest and found.ready and boot in {None, found.id}
+            ]
             if not ready or ready[-1].ready is None:
                 raise LabError(f"guest {guest} has not reported its ledger{f' in boot {boot}' if boot else ''}")
             found, seen = ready[-1], ready[-1].ready
@@ -175,7 +178,9 @@ class OutsideClock:
             while not condition(self):
                 left = deadline - time.monotonic()
                 if left <= 0 or self._stop.is_set():
-                    raise LabError(f"{what} did not happen within {timeout_s:g} s", where=f"the outside clock, port {self.port}")
+                    raise LabError(
+                        f"{what} did not happen within {timeout_s:g} s", where=f"the outside clock, port {self.port}"
+                    )
                 self._changed.wait(min(left, 1.0))
 
     def wait_ready(self, guest: str, *, timeout_s: float, known: frozenset[str] = frozenset()) -> Boot:
@@ -262,22 +267,23 @@ class OutsideClock:
         known = acks.get(number)
         if known is not None:
             if known.number("sum") != message.number("sum"):
-                what = f"record {number} acknowledged twice, with different content, by boots {known.fields['boot']} and {boot.id}"
+                what = (
+                    f"record {number} acknowledged twice, with different content, by boots {known.fields['boot']} and {boot.id}"
+                )
                 self._troubles.append(replace(message, word="TROUBLE", fields={"guest": boot.guest, "what": what}))
             return boot
         acks[number] = message
-        return replace(
-            boot, first_acknowledgement=boot.first_acknowledgement or message.at, last_acknowledgement=message.at
-        )
+        return replace(boot, first_acknowledgement=boot.first_acknowledgement or message.at, last_acknowledgement=message.at)
 
 
 def parse_line(line: bytes, *, at: float, wall: float) -> Message | None:
-    """A message; None for anything that is not `WORD key=value …` with a guest and a boot."""
+    """A message; None for anything that is not `WORD key=value …` with a guest, a boot and the word's numbers."""
     word, *pairs = line.decode("ascii", "replace").split()[: MAX_FIELDS + 1] or [""]
     fields = dict(pair.partition("=")[::2] for pair in pairs)
     if not word.isupper() or not fields.get("guest") or not fields.get("boot"):
         return None
-    return Message(at, wall, word, fields)
+    message = Message(at, wall, word, fields)
+    return message if all(message.number(key) >= 0 for key in NUMBERS.get(word, ())) else None
 
 
 def read_record(record: Path) -> list[Message]:
@@ -296,7 +302,9 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), reuse_port=False)
     except OSError as exc:
-        raise LabError(f"cannot listen on {host}:{port}: {exc.strerror}", fix="free the port, or let the lab choose one") from exc
+        raise LabError(
+            f"cannot listen on {host}:{port}: {exc.strerror}", fix="free the port, or let the lab choose one"
+        ) from exc
 
 
 def _socket_of(link: object) -> socket.socket:

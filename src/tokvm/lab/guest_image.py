@@ -29,6 +29,7 @@ from tokvm.lab.programs import find_program, run_program
 
 PARTITION_OFFSET = MiB
 SMALLEST = 64 * MiB
+SMALLEST_DATA = 16 * MiB
 MODULES = (
     *("ata_piix", "ahci", "sd_mod", "ext4", "crc32c"),
     *("virtio_pci", "virtio_blk", "virtio_scsi", "virtio_net", "button", "evdev"),
@@ -36,7 +37,9 @@ MODULES = (
 GRUB_FOLDER = Path("/usr/lib/grub/i386-pc")
 GRUB_MODULES = ("biosdisk", "part_msdos", "ext2", "search_fs_uuid", "linux", "boot")
 # Spelled out, because a newer mke2fs turns on features (orphan_file, metadata_csum_seed) that older GRUBs cannot read.
-EXT4_FEATURES = "none,has_journal,ext_attr,dir_index,filetype,extent,flex_bg,sparse_super,large_file,huge_file,dir_nlink,extra_isize"
+EXT4_FEATURES = (
+    "none,has_journal,ext_attr,dir_index,filetype,extent,flex_bg,sparse_super,large_file,huge_file,dir_nlink,extra_isize"
+)
 KERNEL_WORDS = "console=ttyS0 quiet panic=1 mitigations=off nokaslr random.trust_cpu=on"
 MAX_DATA_DISKS = 3
 
@@ -126,6 +129,8 @@ def build_guest(
 
 def build_data_disk(out: Path, *, index: int, size: int = 32 * MiB) -> Path:
     """A disk for a copy of the ledger: ext4 without a partition table, found by its label. `index` counts from 1."""
+    if size < SMALLEST_DATA or size % MiB:
+        raise LabError(f"a data disk of {size} bytes", fix=f"give whole MiB, at least {SMALLEST_DATA // MiB}")
     with tempfile.TemporaryDirectory(prefix="data-", dir=out.parent) as work:
         tree, new = Path(work) / "root", Path(work) / "disk"
         tree.mkdir()

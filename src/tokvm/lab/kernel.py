@@ -101,7 +101,7 @@ def _dependencies(modules: Path) -> dict[str, tuple[str, ...]]:
 
 def _cached(folder: Path) -> GuestKernel | None:
     """The newest complete kernel. A folder gets its name by the last rename, so one that has it is complete."""
-    found = [kept for kept in sorted(folder.glob("*/vmlinuz"), key=lambda path: path.stat().st_mtime)]
+    found = sorted(folder.glob("*/vmlinuz"), key=lambda path: path.stat().st_mtime)
     return _at(found[-1].parent) if found else None
 
 

@@ -47,7 +47,9 @@ def check_ledger(content: bytes) -> LedgerCheck:
         before, torn = (last, last_sum), False
         record = _record(line)
         number = record[0] if record else 0
-        if record and (number > last + 1 or (number == last + 1 and (not chained or fold(last_sum, record[:-1]) == record[-1]))):
+        if record and (
+            number > last + 1 or (number == last + 1 and (not chained or fold(last_sum, record[:-1]) == record[-1]))
+        ):
             missing += number - last - 1
             last, last_sum, chained = number, record[-1], True
             sums[number] = last_sum

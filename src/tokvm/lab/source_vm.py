@@ -20,43 +20,28 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-import os
 import shutil
-import signal
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from enum import StrEnum
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from tokvm.core.units import MiB
 from tokvm.lab.errors import LabError
 from tokvm.lab.guest_image import GuestImage
-from tokvm.lab.programs import find_program, run_program
-from tokvm.lab.qmp import Qmp, QmpError
+from tokvm.lab.programs import run_program
+from tokvm.lab.qemu_process import Intent, QemuProcess, VmStatus
+from tokvm.lab.qmp import QmpError
+from tokvm.lab.source_export import LayerFile, write_base, write_delta, write_raw
 
 log = logging.getLogger(__name__)
 
 MAX_DISKS = 4  # two IDE channels of two
-QUIT_S = 10.0
 PRESS_AGAIN_S = 3.0
 _NAMESPACE = uuid.UUID("8f0c2a0a-6a3e-4a53-8d0b-5e8c0f6b1b77")
-
-
-class VmStatus(StrEnum):
-    RUNNING = "running"
-    OFF = "off"
-    CRASHED = "crashed"
-    """QEMU ended although nobody asked for it, or it stands still after a guest's panic or an I/O error."""
-
-
-class Intent(StrEnum):
-    """What was last asked for; tells an end that was wanted from a crash."""
-
-    ON = "on"
-    OFF = "off"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,15 +70,6 @@ class Layers:
         return len(self.frozen)
 
 
-@dataclass(frozen=True, slots=True)
-class LayerFile:
-    """One file of a disk's chain, base first."""
-
-    path: Path
-    format: str
-    index: int = field(default=0)
-
-
 class SourceVm:
     """The VM that lives in `state_dir`; `create` makes one."""
 
@@ -103,7 +79,8 @@ class SourceVm:
             kept = json.loads((self.dir / "vm.json").read_text())
         except (OSError, ValueError) as exc:
             raise LabError("there is no lab VM", where=str(self.dir), fix="create the lab first") from exc
-        self.config = VmConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in kept.items()})
+        self.config = VmConfig(**(kept | {"macs": tuple(kept["macs"]), "sizes": tuple(kept["sizes"])}))
+        self.qemu = QemuProcess(self.dir, mark=f"tokvm-lab-{self.config.uuid}")
 
     @classmethod
     def create(
@@ -129,14 +106,21 @@ class SourceVm:
         for number, disk in enumerate(disks):
             run_program(
                 ["cp", "--reflink=auto", "--sparse=always", str(disk), str(state_dir / f"disk{number}-0.raw")],
-                package="coreutils", timeout_s=3600,
+                package="coreutils",
+                timeout_s=3600,
             )
         shutil.copyfile(guest.kernel, state_dir / "vmlinuz")
         shutil.copyfile(guest.initrd, state_dir / "initrd.img")
         identity = vm_uuid or str(uuid.uuid5(_NAMESPACE, f"{state_dir.absolute()} {name}"))
         config = VmConfig(
-            name=name, uuid=identity, macs=tuple(macs if macs is not None else (mac_of(identity),)), memory=memory, vcpus=vcpus,
-            accel=accel, command_line=f"{guest.command_line} {extra_words}".strip(), sizes=tuple(disk.stat().st_size for disk in disks),
+            name=name,
+            uuid=identity,
+            macs=tuple(macs if macs is not None else (mac_of(identity),)),
+            memory=memory,
+            vcpus=vcpus,
+            accel=accel,
+            command_line=f"{guest.command_line} {extra_words}".strip(),
+            sizes=tuple(disk.stat().st_size for disk in disks),
         )
         _replace_json(state_dir / "layers.json", asdict(Layers()))
         _replace_json(state_dir / "vm.json", asdict(config))
@@ -147,56 +131,40 @@ class SourceVm:
     def power_on(self) -> None:
         """Start QEMU as a daemon; already running is success."""
         with self._locked() as layers:
-            if self._pid() is None:
-                self._intend(Intent.ON)
-                (self.dir / "qmp.sock").unlink(missing_ok=True)
-                run_program(self._argv(layers), package="qemu-system-x86", timeout_s=60)
-                log.info("lab VM %s runs as pid %s", self.config.name, self._pid())
+            if self.qemu.pid() is None:
+                self.qemu.intend(Intent.ON)
+                self.qemu.start(self._options(layers))
+                log.info("lab VM %s runs as pid %s", self.config.name, self.qemu.pid())
 
     def shutdown(self, *, deadline_s: float) -> bool:
         """Press the power button until the guest is off; False when it is not at the deadline. Off already is success."""
         deadline, pressed = time.monotonic() + deadline_s, 0.0
         with self._locked():
-            if self._pid() is None:
-                return True
-            self._intend(Intent.OFF)
-        while self._pid() is not None:
+            self.qemu.intend(Intent.OFF)
+        while self.qemu.pid() is not None:
             if time.monotonic() >= deadline:
                 return False
             if time.monotonic() - pressed >= PRESS_AGAIN_S:
                 pressed = time.monotonic()
                 # A guest that has not loaded its button driver yet misses a press.
-                self._try_command("system_powerdown")
+                self.qemu.command("system_powerdown")
             time.sleep(0.05)
         return True
 
     def power_off(self) -> None:
-        """Cut the power: the guest gets no warning, QEMU closes its files. Off already is success."""
+        """Cut the power: the guest gets no warning. Off already is success."""
         with self._locked():
-            self._intend(Intent.OFF)
-            if self._pid() is not None:
-                self._try_command("quit")
-            self._kill()
+            self.qemu.quit()
 
     def is_running(self) -> bool:
         return self.status() is VmStatus.RUNNING
 
     def status(self) -> VmStatus:
-        """What is so now: the process, and what QEMU says of the guest."""
-        if self._pid() is None:
-            return VmStatus.CRASHED if self._intent() is Intent.ON else VmStatus.OFF
-        try:
-            with self._qmp() as qmp:
-                said = str(qmp.execute("query-status")["status"])
-        except LabError:
-            if self._pid() is None:  # it ended while we asked
-                return VmStatus.CRASHED if self._intent() is Intent.ON else VmStatus.OFF
-            raise
-        return VmStatus.CRASHED if said in {"guest-panicked", "internal-error", "io-error"} else VmStatus.RUNNING
+        return self.qemu.status()
 
     def destroy(self) -> None:
-        """Kill QEMU and remove everything, as far as there is anything."""
-        self._kill()
+        """Kill QEMU and remove everything."""
+        self.qemu.end()
         shutil.rmtree(self.dir, ignore_errors=True)
 
     # --- snapshots
@@ -217,7 +185,7 @@ class SourceVm:
                 return
             self._save(replace(layers, pending=name))
             try:
-                if self._pid() is not None:
+                if self.qemu.pid() is not None:
                     self._freeze_running(layers)
                 else:
                     self._freeze_off(layers)
@@ -238,6 +206,36 @@ class SourceVm:
         with self._locked() as layers:
             top = layers.active if frozen is None else self._index(layers, frozen)
             return [LayerFile(self._file(disk, index), _format(index), index) for index in range(top + 1)]
+
+    # --- exports, of a frozen disk; they may run while the guest does
+
+    def export_raw(self, disk: int, frozen: str, out: Path) -> None:
+        """The disk as a sparse raw file."""
+        write_raw(self.layers(disk, frozen), out)
+
+    def export_base(self, disk: int, frozen: str, out: Path) -> None:
+        """The disk as a dynamic VHD. Exported twice it is the same, byte for byte, but for the time stamp."""
+        write_base(self.layers(disk, frozen), out, unique_id=self.export_id(disk, frozen))
+
+    def export_delta(self, disk: int, since: str, frozen: str, out: BinaryIO) -> None:
+        """What changed between two snapshots as a differencing VHD, streamed; the older one's export id is its parent."""
+        chain, older = self.layers(disk, frozen), self.layers(disk, since)[-1].index
+        if older > chain[-1].index:
+            raise LabError(f"snapshot {since!r} is newer than {frozen!r}", where=self.config.name)
+        write_delta(
+            chain,
+            out,
+            since=older,
+            size=self.config.sizes[disk],
+            unique_id=self.export_id(disk, frozen),
+            parent_id=self.export_id(disk, since),
+        )
+
+    def export_id(self, disk: int, frozen: str) -> uuid.UUID:
+        """The id of a frozen disk, the same in every export of it."""
+        return uuid.uuid5(uuid.UUID(self.config.uuid), f"{disk} {frozen}")
+
+    # --- the inside
 
     def _index(self, layers: Layers, name: str) -> int:
         if name not in layers.frozen or name in layers.dropped:
@@ -260,7 +258,7 @@ class SourceVm:
             }
             for disk in range(self.disks)
         ]
-        with self._qmp() as qmp:
+        with self.qemu.qmp() as qmp:
             qmp.execute("transaction", {"actions": actions})
 
     def _freeze_off(self, layers: Layers) -> None:
@@ -280,8 +278,8 @@ class SourceVm:
         An overlay that exists but holds nothing is as good as one the snapshot made: what is below it is complete."""
         if layers.pending is None:
             return layers
-        if self._pid() is not None:
-            with self._qmp() as qmp:
+        if self.qemu.pid() is not None:
+            with self.qemu.qmp() as qmp:
                 names = {node.get("node-name") for node in qmp.execute("query-named-block-nodes", {"flat": True})}
             taken = _node(0, layers.active + 1) in names
         else:
@@ -290,29 +288,59 @@ class SourceVm:
         self._save(settled)
         return settled
 
-    # --- the inside
-
     def _file(self, disk: int, layer: int) -> Path:
         if not 0 <= disk < self.disks:
             raise LabError(f"the lab VM has no disk {disk}", where=str(self.dir))
         return self.dir / f"disk{disk}-{layer}.{_format(layer)}"
 
-    def _argv(self, layers: Layers) -> list[str]:
+    def _options(self, layers: Layers) -> list[str]:
         config = self.config
         argv = [
-            *(find_program("qemu-system-x86_64", package="qemu-system-x86"), "-name", f"tokvm-lab-{config.uuid}", "-uuid", config.uuid),
-            *("-machine", f"pc,accel={config.accel}", "-cpu", "max", "-m", str(config.memory // MiB), "-smp", str(config.vcpus)),
-            *("-nodefaults", "-no-user-config", "-display", "none", "-vga", "none", "-no-reboot", "-daemonize"),
-            *("-pidfile", str(self.dir / "qemu.pid"), "-D", str(self.dir / "qemu.log")),
-            *("-chardev", f"file,id=serial,path={_quoted(self.dir / 'serial.log')},append=on", "-serial", "chardev:serial"),
-            *("-qmp", f"unix:{self._socket_for_qemu()},server=on,wait=off"),
+            *("-uuid", config.uuid, "-machine", f"pc,accel={config.accel}", "-cpu", "max"),
+            *("-m", str(config.memory // MiB), "-smp", str(config.vcpus), "-nodefaults", "-no-user-config", "-no-reboot"),
+            *("-display", "none", "-vga", "none"),
+            *("-chardev", "file,id=serial,path=serial.log,append=on", "-serial", "chardev:serial"),
             *("-kernel", str(self.dir / "vmlinuz"), "-initrd", str(self.dir / "initrd.img"), "-append", config.command_line),
         ]
         for disk in range(self.disks):
             node, top = _node(disk, layers.active), layers.active
-            options = {"driver": _format(top), "node-name": node, "file": {"driver": "file", "filename": str(self._file(disk, top))}}
+            options = {
+                "driver": _format(top),
+                "node-name": node,
+                "file": {"driver": "file", "filename": str(self._file(disk, top))},
+            }
             argv += ["-blockdev", json.dumps(options)]
             argv += ["-device", f"ide-hd,drive={node},bus=ide.{disk // 2},unit={disk % 2},serial=LAB{disk}"]
         for number, mac in enumerate(config.macs):
             argv += ["-netdev", f"user,id=net{number}", "-device", f"virtio-net-pci,netdev=net{number},mac={mac},romfile="]
         return argv
+
+    @contextmanager
+    def _locked(self) -> Iterator[Layers]:
+        with (self.dir / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            kept = json.loads((self.dir / "layers.json").read_text())
+            yield self._settle(Layers(tuple(kept["frozen"]), tuple(kept["dropped"]), kept["pending"]))
+
+    def _save(self, layers: Layers) -> None:
+        _replace_json(self.dir / "layers.json", asdict(layers))
+
+
+def mac_of(identity: str) -> str:
+    """A MAC in QEMU's range, the same for the same text."""
+    tail = uuid.uuid5(_NAMESPACE, identity).bytes[:3]
+    return "52:54:00:" + ":".join(f"{byte:02x}" for byte in tail)
+
+
+def _format(layer: int) -> str:
+    return "qcow2" if layer else "raw"
+
+
+def _node(disk: int, layer: int) -> str:
+    return f"d{disk}l{layer}"
+
+
+def _replace_json(path: Path, content: object) -> None:
+    beside = path.with_name(f"{path.name}.new")
+    beside.write_text(json.dumps(content))
+    beside.replace(path)

@@ -11,27 +11,36 @@ One readv takes the rest of a payload *and* the head of the next reply (13 bytes
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from tokvm.core.errors import ConnectionLost, SourceError
-from tokvm.remote.errors import connection_error, last_line
-from tokvm.remote.process import Child
+from tokvm.remote import hostkeys
+from tokvm.remote.errors import SSH_FAILED, connection_error, is_host_key_refusal, last_line
+from tokvm.remote.process import Child, ProgramTimeout
 from tokvm.remote.sftp_wire import HEAD, LARGEST_PACKET, VERSION_3, Body, Kind, WireError, packet, u32
+from tokvm.remote.ssh_config import SshConfig
 
 _VERSION_HEAD = 9  # length, type, version: the one reply without an id
 
 
+P = TypeVar("P", bound="Pending")
+
+
 @dataclass(slots=True)
 class Pending:
-    """A request that waits for its reply. `into` is where a DATA payload goes; its owner must not touch it before `done`."""
+    """A request that waits for its reply; it is put into its owner's `ready` when that came.
 
+    `into` is where a DATA payload goes, its `length` bytes long; nobody else may touch that memory until then.
+    """
+
+    ready: deque[Any]
     into: memoryview | None = None
-    done: bool = False
     kind: int = 0
     body: bytes = b""
     length: int = 0
@@ -40,9 +49,10 @@ class Pending:
 class SftpPipe:
     """One connection. All methods are thread-safe. A connection that failed once fails always, with the same reason."""
 
-    def __init__(self, child: Child, *, where: str, deadline_s: float) -> None:
+    def __init__(self, child: Child, config: SshConfig, *, deadline_s: float) -> None:
         self._child = child
-        self._where = where
+        self._config = config
+        self._where = config.where
         self._deadline_ms = deadline_s * 1000
         self._turn = threading.Condition()
         self._sending = threading.Lock()
@@ -96,29 +106,34 @@ class SftpPipe:
             self._wake()
             raise
 
-    def wait(self, true: Callable[[], bool]) -> None:
-        """Until `true()`, which looks at Pending values only. Receives meanwhile if nobody else does."""
+    def wait(self, ready: deque[P]) -> P:
+        """The next reply of the caller's own. Receives for all meanwhile if nobody else does."""
         with self._turn:
-            while not true():
-                self._check()
-                if self._receiving:
+            while not ready:
+                if self._receiving:  # on a failure too: until it has left it may still write into our memory
                     self._turn.wait()
                     continue
+                self._check()
                 self._receiving = True
                 self._turn.release()
                 try:
                     self._receive()
+                except SourceError:
+                    raise
+                except BaseException:  # Ctrl-C in the middle of a reply: nobody knows any more where the next one begins
+                    self._fail(lambda: ConnectionLost("the sftp connection was interrupted", where=self._where))
+                    raise
                 finally:
                     self._turn.acquire()
                     self._receiving = False
                     self._turn.notify_all()
+            return ready.popleft()
 
     def ask(self, make: Callable[[int], bytes]) -> Pending:
         """One request and its reply."""
-        pending = Pending()
-        self.send([(pending, make)])
-        self.wait(lambda: pending.done)
-        return pending
+        ready: deque[Pending] = deque()
+        self.send([(Pending(ready), make)])
+        return self.wait(ready)
 
     def close(self) -> None:
         """End the connection. Whoever still waits gets ConnectionLost."""
@@ -130,6 +145,7 @@ class SftpPipe:
             self._turn.notify_all()
             while self._receiving:
                 self._turn.wait()
+        with self._sending:
             self._child.close()
 
     def _check(self) -> None:
@@ -157,7 +173,7 @@ class SftpPipe:
             else:
                 pending.body = u32(first) + bytes(self._read_exactly(rest))
             pending.kind = kind
-            pending.done = True
+            pending.ready.append(pending)
         except WireError as exc:
             raise self._fail_wire(exc) from exc
 
@@ -228,17 +244,19 @@ class SftpPipe:
 
     def _reason_of_end(self) -> Callable[[], SourceError]:
         """Why the pipe ended: ssh's exit code and words."""
-        with contextlib.suppress(Exception):
-            pass
-        code = self._child.wait(timeout_s=5.0)
+        try:
+            code = self._child.wait(timeout_s=5.0)
+        except ProgramTimeout:
+            self._child.kill()
+            code = SSH_FAILED
         said = self._child.stderr_tail()
-        received = self._received
-        if received == 0 and b"subsystem request failed" in said:
-            return lambda: SourceError(
-                "the host has no sftp subsystem", where=self._where, fix="add `Subsystem sftp internal-sftp` to its sshd_config"
-            )
-        if received == 0:
-            return lambda: connection_error(said, where=self._where, doing="opening sftp")
-        return lambda: connection_error(
-            last_line(said).encode(), where=self._where, doing=f"reading over sftp (ssh ended with {code})"
-        )
+        if self._received:
+            doing = f"reading over sftp (ssh ended with {code})"
+            return lambda: connection_error(last_line(said).encode(), where=self._where, doing=doing)
+        if is_host_key_refusal(said):
+            refusal = hostkeys.host_key_error(self._config, said)
+            return lambda: refusal
+        if b"subsystem request failed" in said:
+            fix = "add `Subsystem sftp internal-sftp` to its sshd_config"
+            return lambda: SourceError("the host has no sftp subsystem", where=self._where, fix=fix)
+        return lambda: connection_error(said, where=self._where, doing="opening sftp")

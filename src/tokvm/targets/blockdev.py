@@ -68,19 +68,27 @@ def _check(path: str, fd: int, actual: int, identity: str, *, size: int, expect:
 
 
 def _open_exclusive(path: str) -> int:
+    """Looks before it opens, because closing a device that was opened for writing makes udev probe it; then looks again."""
     try:
+        interlocks.refuse_used(path, Path(path).stat().st_rdev)
         return os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as exc:
         if exc.errno == errno.EBUSY:
-            device = os.stat(path).st_rdev  # noqa: PTH116
-            reason = interlocks.users(device) or interlocks.relatives_in_use(device) or "another process holds it exclusively"
             fix = "give another device, or free this one first"
-            raise UnsafeTarget(f"the device is in use: {reason}", where=path, fix=fix) from exc
+            raise UnsafeTarget(f"the device is in use: {_why_busy(path)}", where=path, fix=fix) from exc
         if exc.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise UnsafeTarget(
                 f"the device cannot be written: {exc.strerror}", where=path, fix="check its mode and rights"
             ) from exc
         raise TargetError(f"the device cannot be opened: {exc.strerror}", where=path, fix="check the path") from exc
+
+
+def _why_busy(path: str) -> str:
+    try:
+        device = Path(path).stat().st_rdev
+    except OSError:
+        return "and its path has just vanished"
+    return interlocks.users(device) or interlocks.relatives_in_use(device) or "another process holds it exclusively"
 
 
 def device_identity(fd: int) -> str:

@@ -5,7 +5,7 @@ Everything here refuses with UnsafeTarget and has written nothing. Order: what i
 
 What is *not* refused: a logical volume whose volume group holds mounted volumes too. The volume is its own device, and
 giving one of many to a VM is what volume groups are for; a mounted, swapped-on or held volume is refused like any device.
-A partition is refused when its disk or a sibling is in use, because most often that is a slip of one letter on the host's own disk.
+A partition is refused when its disk or a sibling is in use: most often that is a slip of one letter on the host's own disk.
 """
 
 from __future__ import annotations
@@ -78,11 +78,12 @@ def refuse_writers(path: str, status: os.stat_result) -> None:
 
 def refuse_shared_backing(path: str, fd: int) -> None:
     """A loop device whose file is written in another way too."""
+    disk = topology.whole_disk(os.fstat(fd).st_rdev)
     loop = linux.loop_status(fd)
-    if loop is None:
-        return
-    backing = topology.read_text(topology.sys_dir(os.fstat(fd).st_rdev) / "loop" / "backing_file")
-    others = [name for name in topology.loops_over(loop.device, loop.inode) if name != topology.name_of(os.fstat(fd).st_rdev)]
+    if loop is None or not topology.name_of(disk).startswith("loop"):
+        return  # device-mapper passes the question on to what lies below it
+    backing = topology.read_text(topology.sys_dir(disk) / "loop" / "backing_file")
+    others = [name for name in topology.loops_over(loop.device, loop.inode) if name != topology.name_of(disk)]
     if others:
         raise UnsafeTarget(
             f"its file {backing} is under {', '.join(others)} too", where=path, fix="detach the other loop device (losetup -d)"

@@ -37,7 +37,7 @@ def device_size(fd: int) -> int:
 
 
 def device_read_only(fd: int) -> bool:
-    return struct.unpack("i", fcntl.ioctl(fd, BLKROGET, bytes(4)))[0] != 0
+    return bool(struct.unpack("i", fcntl.ioctl(fd, BLKROGET, bytes(4)))[0])
 
 
 def logical_block(fd: int) -> int:
@@ -46,7 +46,7 @@ def logical_block(fd: int) -> int:
 
 
 def zero_out(fd: int, offset: int, length: int) -> None:
-    """BLKZEROOUT: reads as zeros afterwards, by WRITE ZEROES or by written zeros; not BLKDISCARD, whose result may be anything."""
+    """BLKZEROOUT: reads as zeros afterwards, by WRITE ZEROES or written zeros (not BLKDISCARD: its result may be anything)."""
     fcntl.ioctl(fd, BLKZEROOUT, struct.pack("QQ", offset, length))
 
 

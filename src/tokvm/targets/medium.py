@@ -18,6 +18,7 @@ import errno
 import logging
 import mmap
 import os
+import stat
 import threading
 
 import numpy as np
@@ -121,6 +122,10 @@ class Medium:
                 f"reading back failed: {exc.strerror}", where=f"{self._path}@{offset:#x}", fix="check the storage below it"
             ) from exc
 
+    def is_hole(self, offset: int, length: int) -> bool:
+        """True when the filesystem itself says that it stores nothing there, so that it reads as zeros."""
+        return is_hole(self._fd, offset, length)
+
     def close(self) -> None:
         """Gives the target back. Does not flush: what was not flushed does not count."""
         fds, self._fd, self._direct = (self._direct, self._fd), -1, -1
@@ -205,7 +210,7 @@ class Medium:
 
 
 def open_direct(fd: int, flags: int) -> int:
-    """A second descriptor of the same inode (through /proc, so no path can come between) with O_DIRECT; -1 where there is none."""
+    """A second descriptor of the same inode, with O_DIRECT (by /proc: no path can come between); -1 where there is none."""
     try:
         return os.open(f"/proc/self/fd/{fd}", flags | os.O_DIRECT | os.O_CLOEXEC)
     except OSError as exc:
@@ -234,6 +239,16 @@ def _filled(fd: int, at: int, room: memoryview, skip: int, length: int) -> memor
             raise OSError(errno.EIO, f"it ends at {at + got:#x}")
         got += count
     return room[skip : skip + length]
+
+
+def is_hole(fd: int, offset: int, length: int) -> bool:
+    """By SEEK_DATA; always False for a block device, which has no holes to show."""
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        return False
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA) >= offset + length
+    except OSError as exc:
+        return exc.errno == errno.ENXIO
 
 
 def _address(data: memoryview) -> int:

@@ -48,7 +48,7 @@ def open_target(spec: TargetSpec, *, size: int, expect: str | None = None) -> Me
         raise UnsafeTarget(f"a disk of {size} bytes cannot be copied", where=spec.path, fix="check the source disk")
     consent = Consent(spec.force, spec.confirm)
     try:
-        mode = os.lstat(spec.path).st_mode  # noqa: PTH116
+        mode = os.lstat(spec.path).st_mode
         if stat.S_ISLNK(mode):
             mode = _behind_link(spec.path)
     except FileNotFoundError:

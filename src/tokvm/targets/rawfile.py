@@ -1,8 +1,9 @@
 """A raw file as a target: sparse, byte for byte the guest's disk; made by us, or proved to be the one we made.
 
 O_EXCL does not exclude on a file that exists, so two locks do (flock, and an OFD lock as QEMU's image locking sees it), and a
-look through /proc for other writers. A file we made carries a random token in the attribute user.tokvm.id, so that a copy put in
-its place, or another file of the same name, is not taken for it.
+look through /proc for other writers. A file we made carries a random token in the attribute user.tokvm.id, so that a copy put
+in its place, or another file of the same name, is not taken for it. A file with our token and no data at all (a run that died
+between making the file and recording its identity) is taken again.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class RawFile(Medium):
         try:
             interlocks.take_locks(path, fd)
             os.ftruncate(fd, size)
-            identity = file_identity(fd, mark=True)
+            identity = mark_file(fd)
             os.fsync(fd)
             _sync_directory(Path(path).parent)
             _warn_if_tight(path, fd, size)
@@ -62,8 +63,8 @@ class RawFile(Medium):
             raise _cannot_open(path, exc) from exc
         try:
             _check(path, fd, expect=expect, consent=consent)
-            blank = os.fstat(fd).st_size == 0
-            identity = file_identity(fd, mark=expect is None)
+            blank = _holds_nothing(fd)
+            identity = file_identity(fd) if expect is not None else mark_file(fd)
             if os.fstat(fd).st_size < size:
                 os.ftruncate(fd, size)
             os.fsync(fd)
@@ -104,9 +105,10 @@ def _check(path: str, fd: int, *, expect: str | None, consent: Consent) -> None:
     interlocks.take_locks(path, fd)
     interlocks.refuse_writers(path, status)
     if expect is not None:
-        interlocks.refuse_other_identity(path, expect, file_identity(fd, mark=False))
+        interlocks.refuse_other_identity(path, expect, file_identity(fd))
         return
-    if status.st_size and not consent.covers(status.st_size, (), needs_confirm=False):
+    ours_unused = _holds_nothing(fd) and _token(fd)
+    if status.st_size and not ours_unused and not consent.covers(status.st_size, (), needs_confirm=False):
         detail = f", and {consent.confirm!r} is not its size" if consent.force else ""
         raise UnsafeTarget(
             f"a file of {status.st_size} bytes is there already, and no run of ours made it{detail}",
@@ -115,25 +117,39 @@ def _check(path: str, fd: int, *, expect: str | None, consent: Consent) -> None:
         )
 
 
-def file_identity(fd: int, *, mark: bool) -> str:
-    """`file:inode:token`; with `mark` a file without a token gets one. Where the filesystem takes no attributes, the inode and
-    the time of its birth. No device number: it may be another after a reboot."""
-    inode = os.fstat(fd).st_ino
-    try:
-        token = os.getxattr(fd, TOKEN).decode("ascii", "replace")
-    except OSError:
-        token = _new_token(fd) if mark else ""
+def file_identity(fd: int) -> str:
+    """`file:inode:token`; where the filesystem takes no attributes, the inode and the time of its birth.
+
+    No device number: it may be another after a reboot."""
+    inode, token = os.fstat(fd).st_ino, _token(fd)
     return f"file:{inode}:{token}" if token else f"file:{inode}:born-{linux.birth_time(fd)}"
 
 
-def _new_token(fd: int) -> str:
-    token = os.urandom(16).hex()
+def mark_file(fd: int) -> str:
+    """The identity after a new token was put on it: an earlier owner's recorded identity is void from now on."""
     try:
-        os.setxattr(fd, TOKEN, token.encode("ascii"))
+        os.setxattr(fd, TOKEN, os.urandom(16).hex().encode("ascii"))
     except OSError as exc:
         log.info("the filesystem takes no attribute %s (%s)", TOKEN, exc.strerror)
+    return file_identity(fd)
+
+
+def _token(fd: int) -> str:
+    try:
+        return os.getxattr(fd, TOKEN).decode("ascii", "replace")
+    except OSError:
         return ""
-    return token
+
+
+def _holds_nothing(fd: int) -> bool:
+    """True when the file is empty or one hole."""
+    if os.fstat(fd).st_size == 0:
+        return True
+    try:
+        os.lseek(fd, 0, os.SEEK_DATA)
+    except OSError as exc:
+        return exc.errno == errno.ENXIO
+    return False
 
 
 def _refuse_pseudo(path: str) -> None:

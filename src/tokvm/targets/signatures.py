@@ -112,4 +112,7 @@ def blkid_content(fd: int) -> str | None:
     if found.code == 2:
         return None
     tags = dict(line.split("=", 1) for line in found.stdout.decode(errors="replace").splitlines() if "=" in line)
+    about_place = ("DEVNAME", "PART_ENTRY_")  # where a partition lies says nothing about what it holds
+    if found.code == 0 and all(tag.startswith(about_place) for tag in tags):
+        return None
     return tags.get("TYPE") or tags.get("PTTYPE") or f"something blkid finds (exit code {found.code})"

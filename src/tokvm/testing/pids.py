@@ -42,16 +42,28 @@ def noted(path: Path) -> int | None:
     return pid if tick and start_tick(pid) == tick else None
 
 
+def ancestors(pid: int) -> list[int]:
+    """The process itself, its parent, and so on, as far as can be seen."""
+    found = []
+    while pid > 0:
+        found.append(pid)
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_bytes()
+        except OSError:
+            break
+        pid = int(stat[stat.rindex(b")") + 2 :].split()[1])
+    return found
+
+
 def descendants(pid: int) -> list[int]:
     """Children of `pid` and theirs, parents first."""
     children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                stat = Path(f"/proc/{entry}/stat").read_bytes()
-            except OSError:
-                continue
-            children.setdefault(int(stat[stat.rindex(b")") + 2 :].split()[1]), []).append(int(entry))
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            stat = (entry / "stat").read_bytes()
+        except OSError:
+            continue
+        children.setdefault(int(stat[stat.rindex(b")") + 2 :].split()[1]), []).append(int(entry.name))
     found, waiting = [], [pid]
     while waiting:
         for child in children.get(waiting.pop(), ()):

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import struct
 import zlib
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ Records = npt.NDArray[np.void]
 _HEADER = struct.Struct("<16sIIQI24xI")
 _FRAME = struct.Struct("<4sIII")
 _PACK = struct.Struct("<QII16s")
-_FRAME_RECORDS = 1 << 16
+FRAME_RECORDS = 1 << 16
 
 
 class RecordKind(IntEnum):
@@ -80,13 +81,14 @@ class ManifestHeader:
         return cls(number, disk, size)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Manifest:
-    """A manifest as read: `records` oldest first; `dropped` bytes at the end were torn or damaged and not believed."""
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """Where a frame's records lie in the file, and between which guest offsets."""
 
-    header: ManifestHeader
-    records: Records
-    dropped: int = 0
+    file_offset: int
+    count: int
+    first: int
+    last: int
 
 
 def digest(data: memoryview | bytes) -> bytes:
@@ -110,38 +112,93 @@ def zero_records(offset: int, length: int) -> bytes:
     return b"".join(_PACK.pack(at, min(ZERO_PIECE, offset + length - at), RecordKind.ZERO, b"") for at in cuts)
 
 
-def read_manifest(path: str | Path) -> Manifest:
-    """Everything believable in the file. JournalError when there is no believable header."""
+class ManifestReader:
+    """A manifest on disk, read in parts: memory goes with the number of checkpoints, not with the number of records.
+
+    `dropped`: bytes at the end that were torn or damaged and are not believed.
+    """
+
+    def __init__(self, path: Path, fd: int, header: ManifestHeader) -> None:
+        self.path = path
+        self.header = header
+        self._fd = fd
+        self._frames, self.end = _scan(fd)
+        self.dropped = os.fstat(fd).st_size - self.end
+        if self.dropped:
+            log.warning("%s: %d bytes at the end are torn and were dropped", path, self.dropped)
+
+    @classmethod
+    def open(cls, path: str | Path) -> ManifestReader:
+        """JournalError when there is no believable header."""
+        path = Path(path)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as exc:
+            raise JournalError(
+                f"the manifest cannot be read: {exc.strerror}", where=str(path), fix="its pass cannot be verified"
+            ) from exc
+        try:
+            return cls(path, fd, ManifestHeader.parse(os.pread(fd, _HEADER.size, 0), where=str(path)))
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @property
+    def frames(self) -> int:
+        return len(self._frames)
+
+    def __len__(self) -> int:
+        return sum(frame.count for frame in self._frames)
+
+    def records(self, start: int = 0, stop: int = 1 << 63) -> Records:
+        """The records that touch [start, stop) of the guest disk, oldest first."""
+        parts = []
+        for frame in self._frames:
+            if frame.first < stop and frame.last > start:
+                rows = np.frombuffer(os.pread(self._fd, frame.count * RECORD.itemsize, frame.file_offset), RECORD)
+                touches = (rows["offset"] < stop) & (rows["offset"] + rows["length"] > start)
+                parts.append(rows[touches])
+        return np.concatenate(parts) if parts else np.empty(0, RECORD)
+
+    def sample(self, count: int) -> list[int]:
+        """Guest offsets of up to `count` records, each from a frame chosen at random."""
+        frames = random.sample(self._frames, min(count, len(self._frames)))
+        places = [frame.file_offset + random.randrange(frame.count) * RECORD.itemsize for frame in frames]
+        return [int(np.frombuffer(os.pread(self._fd, RECORD.itemsize, place), RECORD)[0]["offset"]) for place in places]
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def read_manifest(path: str | Path) -> Records:
+    """All believable records of a manifest at once, oldest first. For small ones; `ManifestReader` reads in parts."""
+    reader = ManifestReader.open(path)
     try:
-        raw = Path(path).read_bytes()
-    except OSError as exc:
-        raise JournalError(
-            f"the manifest cannot be read: {exc.strerror}", where=str(path), fix="its pass cannot be verified"
-        ) from exc
-    header = ManifestHeader.parse(raw, where=str(path))
-    frames, end = _frames(raw)
-    dropped = len(raw) - end
-    if dropped:
-        log.warning("%s: %d bytes at the end are torn and were dropped", path, dropped)
-    return Manifest(header, np.frombuffer(b"".join(frames), RECORD), dropped)
+        return reader.records()
+    finally:
+        reader.close()
 
 
-def _frames(raw: bytes) -> tuple[list[bytes], int]:
-    """The records of all good frames, and where the first bad one begins."""
-    found: list[bytes] = []
+def _scan(fd: int) -> tuple[list[_Frame], int]:
+    """All good frames, and where the first bad one begins."""
+    found: list[_Frame] = []
     at = _HEADER.size
-    while at + _FRAME.size <= len(raw):
-        magic, count, sequence, crc = _FRAME.unpack_from(raw, at)
-        body = at + _FRAME.size
-        end = body + count * RECORD.itemsize
-        if magic != FRAME_MAGIC or sequence != len(found) or end > len(raw):
-            break
-        records = raw[body:end]
-        if zlib.crc32(records, sequence) != crc:
-            break
-        found.append(records)
-        at = end
-    return found, at
+    while True:
+        head = os.pread(fd, _FRAME.size, at)
+        if len(head) < _FRAME.size:
+            return found, at
+        magic, count, sequence, crc = _FRAME.unpack(head)
+        if magic != FRAME_MAGIC or sequence != len(found) or not 0 < count <= FRAME_RECORDS:
+            return found, at
+        raw = os.pread(fd, count * RECORD.itemsize, at + _FRAME.size)
+        if len(raw) != count * RECORD.itemsize or zlib.crc32(raw, sequence) != crc:
+            return found, at
+        rows = np.frombuffer(raw, RECORD)
+        last = int((rows["offset"] + rows["length"]).max())
+        found.append(_Frame(at + _FRAME.size, count, int(rows["offset"].min()), last))
+        at += _FRAME.size + len(raw)
 
 
 class ManifestWriter:
@@ -179,8 +236,8 @@ class ManifestWriter:
 
     @staticmethod
     def _prepare(path: Path, fd: int, header: ManifestHeader) -> int:
-        raw = path.read_bytes()
-        if len(raw) < _HEADER.size:  # died while it was being made
+        raw = os.pread(fd, _HEADER.size, 0)
+        if len(raw) < _HEADER.size:  # new, or died while it was being made
             os.ftruncate(fd, 0)
             _write_all(fd, header.pack())
             os.fsync(fd)
@@ -192,9 +249,10 @@ class ManifestWriter:
                 where=str(path),
                 fix="move it away; then its pass cannot be verified",
             )
-        frames, end = _frames(raw)
+        frames, end = _scan(fd)
         os.ftruncate(fd, end)
         os.lseek(fd, end, os.SEEK_SET)
+        os.fdatasync(fd)
         return len(frames)
 
     def add(self, offset: int, data: memoryview) -> None:
@@ -208,7 +266,7 @@ class ManifestWriter:
     def append(self, packed: bytes) -> None:
         """Records made by `data_records` or `zero_records`."""
         self._waiting += packed
-        if len(self._waiting) >= _FRAME_RECORDS * RECORD.itemsize:
+        while len(self._waiting) >= FRAME_RECORDS * RECORD.itemsize:
             self._write_frame()
 
     def flush(self) -> None:
@@ -220,9 +278,9 @@ class ManifestWriter:
             raise _cannot(self.path, exc) from exc
 
     def _write_frame(self) -> None:
-        if not self._waiting:
+        records = bytes(self._waiting[: FRAME_RECORDS * RECORD.itemsize])
+        if not records:
             return
-        records = bytes(self._waiting)
         crc = zlib.crc32(records, self._sequence)
         head = _FRAME.pack(FRAME_MAGIC, len(records) // RECORD.itemsize, self._sequence, crc)
         try:
@@ -230,11 +288,11 @@ class ManifestWriter:
         except OSError as exc:
             raise _cannot(self.path, exc) from exc
         self._sequence += 1
-        self._waiting.clear()
+        del self._waiting[: len(records)]
 
-    def read(self) -> Manifest:
-        """What is in the file so far (flushed records only)."""
-        return read_manifest(self.path)
+    def read(self) -> ManifestReader:
+        """A reader of what was flushed so far; the caller closes it."""
+        return ManifestReader.open(self.path)
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1

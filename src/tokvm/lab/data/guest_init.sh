@@ -70,7 +70,7 @@ fi
 # --- the ledger as it was left: verified, a torn tail cut off, copies on data disks compared with it and caught up
 verify() {                               # → last sum count missing bad torn good_bytes
     [ -e "$1" ] || : >"$1"
-    awk -f /etc/ledger.awk "$1"
+    tr '\000' '#' <"$1" | awk -f /etc/ledger.awk          # busybox awk ends a record at a zero byte
 }
 end_at() {                               # FILE BYTES: cut a torn tail off, or end a last line that lost only its newline
     have=$(stat -c %s "$1")

@@ -7,9 +7,9 @@ from __future__ import annotations
 SENTENCES: dict[str, tuple[str, tuple[str, ...]]] = {
     "UUID_INVALID": ("The uuid you supplied was invalid.", ("type", "uuid")),
     "VM_BAD_POWER_STATE": (
-        "You attempted an operation on a VM that was not in an appropriate power state at the time; for example, you attempted to "
-        "start a VM that was already running.  The parameters returned are the VM's handle, and the expected and actual VM state "
-        "at the time of the call.",
+        "You attempted an operation on a VM that was not in an appropriate power state at the time; for example, "
+        "you attempted to start a VM that was already running.  The parameters returned are the VM's handle, and the expected "
+        "and actual VM state at the time of the call.",
         ("vm", "expected", "actual"),
     ),
     "OPERATION_BLOCKED": (
@@ -33,8 +33,7 @@ SENTENCES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "SR_FULL": ("The SR is full. Requested new size exceeds the maximum size", ("requested", "maximum")),
     "HOST_IS_SLAVE": (
-        "You cannot make regular API calls directly on a pool member. "
-        "Please pass API calls via the coordinator host.",
+        "You cannot make regular API calls directly on a pool member. Please pass API calls via the coordinator host.",
         ("Coordinator IP address",),
     ),
     "INTERNAL_ERROR": (

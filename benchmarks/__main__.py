@@ -1,0 +1,105 @@
+"""`python -m benchmarks [--size 4G] [--quick] [--only a b c] [--json FILE]`, from the project's folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks import copies, memory, network
+from benchmarks.inputs import Chain, large_runs, small_runs
+from benchmarks.report import Section, as_dict, markdown
+from tokvm.core.units import GiB, format_bytes, parse_size
+
+PARTS = ("file", "device", "ssh", "memory")
+
+
+def main() -> int:
+    options = _options()
+    with tempfile.TemporaryDirectory(prefix="tokvm-benchmarks-", dir=options.folder) as scratch:
+        folder = Path(options.keep or scratch)
+        folder.mkdir(exist_ok=True)
+        sections = _measure(options, folder)
+    print(markdown(sections, _head(options)))
+    if options.json:
+        options.json.write_text(json.dumps(as_dict(sections), indent=1))
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--size", type=parse_size, default=4 * GiB, help="virtual size of the disks (half of it is data)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="1 GiB and two repeats: shows that it works, not how fast it is")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--folder", type=Path, help="where to work (default: the temporary directory); needs 3 times --size")
+    parser.add_argument("--keep", type=Path, help="work here and keep the images, for the next run")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample here too")
+    options = parser.parse_args()
+    if options.quick:
+        options.size, options.repeats = min(options.size, GiB), min(options.repeats, 2)
+    return options
+
+
+def _measure(options: argparse.Namespace, folder: Path) -> list[Section]:
+    sections: list[Section] = []
+    repeats = options.repeats
+    if {"file", "device", "ssh"} & set(options.only):
+        for make, what in ((large_runs, "large runs"), (small_runs, "4 KiB random runs in the children")):
+            _tell(f"{what}: making the images")
+            chain = _apart(make, folder, options.size)
+            about = f"VHD chain of 3 layers, {what}, {format_bytes(chain.payload)} of data"
+            if "file" in options.only:
+                results = copies.to_file(chain, folder, repeats=repeats, tell=_tell)
+                sections.append(Section(f"{about} → raw file", copies.KERNEL, results))
+            if "device" in options.only and os.geteuid() == 0:
+                results = copies.to_device(chain, folder, repeats=repeats, tell=_tell)
+                sections.append(Section(f"{about} → loop device", copies.KERNEL_DEVICE, results))
+            if "ssh" in options.only and make is large_runs:
+                flat = Path(chain.flat_vhd)
+                results = network.over_ssh(flat, folder, repeats=repeats, tell=_tell)
+                for title, reference, part in (
+                    ("SSH on loopback, thrown away", network.CAT, results[:3]),
+                    ("SSH on loopback → raw file", network.CAT_TO_FILE, results[3:]),
+                ):
+                    sections.append(Section(f"{title} ({format_bytes(flat.stat().st_size)})", reference, part))
+    if "memory" in options.only:
+        _tell("memory by disk size")
+        sections.append(
+            Section("Peak memory, 256 MiB of data on disks of growing size", "", memory.by_size(folder, tell=_tell))
+        )
+    return sections
+
+
+def _apart(make: Callable[[Path, int], Chain], folder: Path, size: int) -> Chain:
+    """Make the images in a process of its own: a measured child's peak RSS begins with its parent's."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(make, (folder, size))
+
+
+def _head(options: argparse.Namespace) -> str:
+    qemu = subprocess.run(["qemu-img", "--version"], capture_output=True, text=True, check=False).stdout.split("\n")[0]
+    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
+    return (
+        f"`python -m benchmarks --size {options.size // GiB}G --repeats {options.repeats}`: "
+        f"Python {platform.python_version()}, "
+        f"{qemu}, Linux {platform.release()}, {os.cpu_count()} CPUs, load {load}, "
+        f"{format_bytes(shutil.disk_usage(options.folder or tempfile.gettempdir()).free)} free.\n"
+        "Speed and CPU are divided by the first variant's. Caches are cold for the files, warm for SSH."
+    )
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

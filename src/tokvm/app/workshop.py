@@ -1,0 +1,273 @@
+"""Migrations begun, found again and wired together: journal, source, targets and libvirt handed to a runner.
+
+Workshop.begin(SOURCE, NAME, request) ─┐
+Workshop.resume(NAME) ─────────────────┴─► Job: an open Migration with its doors
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Self
+
+from tokvm.app.inventory import check_targets, reached
+from tokvm.app.plan import DEFAULT_LIBVIRT, Plan, SshOptions, choose_targets
+from tokvm.app.probe import proof_of
+from tokvm.app.state import default_state_dir, manifest_path, prepare_state_dir
+from tokvm.app.targets import spec_of
+from tokvm.core.disk import DiskWriter
+from tokvm.core.errors import Blocked, TargetError, UsageError
+from tokvm.core.machine import DiskBus, Finding, Severity, VirtualMachine
+from tokvm.domain.base import DomainPlan, TargetDisk
+from tokvm.domain.host import LibvirtHost
+from tokvm.migration.doors import Doors, Observer
+from tokvm.migration.journal import Journal
+from tokvm.migration.phases import Phase
+from tokvm.migration.records import MigrationRecord
+from tokvm.migration.reports import CutoverReport, StatusReport, SyncReport
+from tokvm.migration.runner import Migration, status_of
+from tokvm.sources.base import Source
+from tokvm.targets.open import open_target
+from tokvm.transfer.checkpoint import PassLimits
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What `sync` and `migrate` were told. What is None or empty keeps what the migration began with."""
+
+    ssh: SshOptions = field(default_factory=SshOptions)
+    to: list[str] = field(default_factory=list)
+    overwrite: dict[str, str] = field(default_factory=dict)
+    networks: dict[str, str] = field(default_factory=dict)
+    libvirt: str | None = None
+    domain: str | None = None
+    machine: str | None = None
+    bus: DiskBus | None = None
+    rate_limit: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """What `--dry-run` shows: nothing was changed, on either side."""
+
+    vm: VirtualMachine
+    plan: Plan
+    findings: tuple[Finding, ...]
+    steps: tuple[str, ...]
+
+
+class Workshop:
+    """One state directory, open."""
+
+    def __init__(self, state_dir: Path, journal: Journal, observer: Observer) -> None:
+        self.state_dir = state_dir
+        self.journal = journal
+        self.observer = observer
+
+    @classmethod
+    @contextmanager
+    def open(cls, state_dir: Path | None, observer: Observer) -> Iterator[Self]:
+        path = prepare_state_dir(state_dir or default_state_dir())
+        with Journal.open(path) as journal:
+            yield cls(path, journal, observer)
+
+    def statuses(self) -> list[StatusReport]:
+        return [status_of(self.journal, record) for record in self.journal.migrations()]
+
+    def status(self, name: str) -> StatusReport:
+        return status_of(self.journal, self.journal.find(name))
+
+    def rehearse(self, url: str, name: str, request: Request) -> Rehearsal:
+        """Everything `begin` and `sync` would check and do, without doing it."""
+        with reached(url, request.ssh, self.observer.note) as source:
+            vm = source.inspect(source.find(name))
+            known = self.journal.open_for(source.url, vm.uuid)
+            plan = _plan_of(known, request) if known else _new_plan(source.url, vm, request)
+            findings = tuple(source.check(vm)) if known else (*source.check(vm), *check_targets(vm, plan.targets))
+        return Rehearsal(vm, plan, findings, _sync_steps(plan, known))
+
+    @contextmanager
+    def begin(self, url: str, name: str, request: Request) -> Iterator[Job]:
+        """The VM's open migration, or a new one when nothing is in its way (Blocked lists what is)."""
+        with reached(url, request.ssh, self.observer.note) as source:
+            vm = source.inspect(source.find(name))
+            record = self.journal.open_for(source.url, vm.uuid)
+            plan = _plan_of(record, request) if record else _new_plan(source.url, vm, request)
+            if record is None:
+                self._refuse_blocked(vm, plan, source)
+                paths = [choice.path for choice in plan.targets]
+                record = self.journal.create(vm=vm, source=source.url, plan=plan.to_json(), targets=paths)
+            yield from self._job(record, plan, source, vm)
+
+    @contextmanager
+    def resume(self, name: str) -> Iterator[Job]:
+        """A migration that was begun, by its id, the VM's name or uuid."""
+        record = self.journal.find(name)
+        plan = Plan.from_json(record.plan)
+        with reached(plan.source, plan.ssh, self.observer.note) as source:
+            yield from self._job(record, plan, source, source.inspect(record.vm_uuid))
+
+    def _refuse_blocked(self, vm: VirtualMachine, plan: Plan, source: Source) -> None:
+        findings = [*source.check(vm), *check_targets(vm, plan.targets)]
+        for finding in findings:
+            if finding.severity is Severity.WARNING:
+                self.observer.note(f"warning: {finding.what}")
+        blockers = [finding for finding in findings if finding.severity is Severity.BLOCKER]
+        if blockers:
+            lines = "\n".join(f"  - {b.what}" + (f" ({b.fix})" if b.fix else "") for b in blockers)
+            raise Blocked(f"{vm.name!r} cannot be migrated as it stands:\n{lines}", where=source.url, fix="see `tokvm check`")
+
+    def _job(self, record: MigrationRecord, plan: Plan, source: Source, vm: VirtualMachine) -> Iterator[Job]:
+        host = LibvirtHost(plan.libvirt)
+        try:
+            yield Job(self, record, plan, source, host, vm)
+        finally:
+            host.close()
+
+
+class Job:
+    """One migration with everything it needs, ready to be told what to do."""
+
+    def __init__(
+        self, shop: Workshop, record: MigrationRecord, plan: Plan, source: Source, host: LibvirtHost, vm: VirtualMachine
+    ) -> None:
+        self._shop = shop
+        self._plan = plan
+        self._vm = vm
+        self._host = host
+        self._book = shop.journal.book(record.id)
+        self._source = source
+        self.record = record
+        self.migration = self._migration()
+
+    def sync_unless_cutting(self, *, passes: int | None, budget_s: float | None) -> SyncReport | None:
+        """More passes, unless the cutover has begun already (an interrupted `migrate`): that goes on by itself."""
+        if self._book.phase not in (Phase.COPY, Phase.ROLLED_BACK):
+            return None
+        return self.migration.sync(passes=passes, budget_s=budget_s)
+
+    def cut_over(
+        self, *, budget_s: float | None, force_off: bool, deadline_s: float, proof_s: float, probe: str | None = None
+    ) -> CutoverReport:
+        """The cutover, after libvirt was asked whether it could run the VM: better now than with the source off."""
+        if self._book.phase is Phase.COPY:
+            self._refuse_unrunnable()
+        migration = self._migration(probe) if probe else self.migration
+        return migration.cutover(budget_s=budget_s, force_off=force_off, deadline_s=deadline_s, proof_s=proof_s)
+
+    def cutover_steps(self) -> list[str]:
+        self._refuse_unrunnable()
+        return [
+            f"stop {self._vm.name!r} on {self._plan.source}, and wait until two witnesses say it is off",
+            "fence it: start, start_on and resume blocked, no HA restart, no automatic start",
+            "snapshot the halted VM and copy the last delta",
+            f"define {self._domain_name()!r} on {self._plan.libvirt} and start it",
+            "wait until it shows life; whatever fails before the start rolls back, and the source runs again",
+        ]
+
+    def rollback_steps(self) -> list[str]:
+        return [
+            f"stop and undefine {self._domain_name()!r} on {self._plan.libvirt} (its disks stay)",
+            f"unfence and start {self._vm.name!r} on {self._plan.source}",
+        ]
+
+    def finish_steps(self) -> list[str]:
+        marks = [snapshot.mark for snapshot in self._source.snapshots(self._vm.uuid, self.record.mark_prefix)]
+        return [f"remove the snapshot {mark} from {self._plan.source}" for mark in marks] or [
+            "nothing: no snapshot of ours is left"
+        ]
+
+    def _migration(self, probe: str | None = None) -> Migration:
+        doors = Doors(
+            source=self._source,
+            open_target=self._open_target,
+            host=self._host,
+            plan=self._domain_plan,
+            manifest_path=self._manifest_path,
+            observer=self._shop.observer,
+            proof=proof_of(probe) if probe else None,
+            limits=PassLimits(rate_limit=self._plan.rate_limit),
+        )
+        return Migration(self._shop.journal, self.record, doors)
+
+    def _open_target(self, index: int) -> DiskWriter:
+        disk = next(disk for disk in self._book.disks() if disk.index == index)
+        return open_target(spec_of(self._plan.targets[index]), size=disk.size, expect=disk.identity or None)
+
+    def _manifest_path(self, number: int, disk: int) -> Path:
+        path = manifest_path(self._shop.state_dir, self.record.id, number, disk)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return path
+
+    def _domain_name(self) -> str:
+        return self._plan.domain or self._vm.name
+
+    def _domain_plan(self) -> DomainPlan:
+        disks = tuple(
+            TargetDisk(choice.path, block=_is_block(choice.path), bus=self._plan.bus) for choice in self._plan.targets
+        )
+        return DomainPlan(self._vm, self._domain_name(), disks, self._plan.networks, self._plan.machine)
+
+    def _refuse_unrunnable(self) -> None:
+        for finding in self._host.check(self._domain_plan()):
+            if finding.severity is Severity.WARNING:
+                self._shop.observer.note(f"warning: {finding.what}")
+                continue
+            raise Blocked(f"the target could not run the VM: {finding.what}", where=finding.where, fix=finding.fix)
+
+
+def _is_block(path: str) -> bool:
+    try:
+        return stat.S_ISBLK(Path(path).stat().st_mode)
+    except OSError as exc:
+        raise TargetError(f"the target is not there: {exc.strerror}", where=path, fix="bring it back, then go on") from exc
+
+
+def _new_plan(source_url: str, vm: VirtualMachine, request: Request) -> Plan:
+    return Plan(
+        source=source_url,
+        targets=choose_targets(vm, request.to, request.overwrite),
+        ssh=request.ssh,
+        networks=request.networks,
+        libvirt=request.libvirt or DEFAULT_LIBVIRT,
+        machine=request.machine or "q35",
+        bus=request.bus or DiskBus.VIRTIO_BLK,
+        domain=request.domain or "",
+        rate_limit=request.rate_limit,
+    )
+
+
+def _plan_of(record: MigrationRecord, request: Request) -> Plan:
+    """What the migration began with, with what was said anew. Its targets are fixed: they hold its passes."""
+    plan = Plan.from_json(record.plan)
+    if request.to and not _same_targets(plan, request.to):
+        raise UsageError(
+            f"this migration ({record.id}) copies to {', '.join(choice.path for choice in plan.targets)}",
+            fix="leave --to out to go on with it; to copy elsewhere, finish or roll back this one first",
+        )
+    return replace(
+        plan,
+        ssh=request.ssh,
+        networks=request.networks or plan.networks,
+        libvirt=request.libvirt or plan.libvirt,
+        machine=request.machine or plan.machine,
+        bus=request.bus or plan.bus,
+        domain=request.domain or plan.domain,
+        rate_limit=request.rate_limit or plan.rate_limit,
+    )
+
+
+def _same_targets(plan: Plan, to: list[str]) -> bool:
+    known = [choice.path for choice in plan.targets]
+    given = [str(Path(path).absolute()) for path in to]
+    return given == known or (len(given) == 1 and {str(Path(path).parent) for path in known} == set(given))
+
+
+def _sync_steps(plan: Plan, known: MigrationRecord | None) -> tuple[str, ...]:
+    targets = ", ".join(choice.path for choice in plan.targets)
+    begin = f"go on with migration {known.id}" if known else "claim the VM and begin a migration"
+    what = "copy what changed since the last pass" if known else f"copy the disks to {targets}"
+    return (begin, "snapshot the VM", what, "repeat with deltas until they get no smaller")

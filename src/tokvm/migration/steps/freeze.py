@@ -1,0 +1,85 @@
+"""Freeze: snapshots of ours on the source. Intended in the journal before one is made, found again by its mark after a crash."""
+
+from __future__ import annotations
+
+import logging
+
+from tokvm.core.errors import ConnectionLost, SourceError
+from tokvm.core.machine import VirtualMachine
+from tokvm.migration.records import PassKind, SnapshotRecord, SnapshotState
+from tokvm.migration.rounds import Round, newest_done, rounds_of, unfinished
+from tokvm.migration.work import TRIES, Work
+
+log = logging.getLogger(__name__)
+
+KEPT = 8
+"""Removing a snapshot of a running VM makes XenServer coalesce its parent while we read: ours stay until the end, up to here."""
+
+
+def freeze(work: Work, vm: VirtualMachine, kind: PassKind) -> SnapshotRecord:
+    """A new snapshot of all disks."""
+    return make(work, vm, work.book.snapshot_intended(kind))
+
+
+def make(work: Work, vm: VirtualMachine, intended: SnapshotRecord) -> SnapshotRecord:
+    """The snapshot with that mark; asked for again with the same mark when a reply is lost."""
+    for attempt in range(1, TRIES + 1):
+        try:
+            snapshot = work.doors.source.snapshot(vm, intended.mark)
+            break
+        except ConnectionLost as lost:
+            if attempt == TRIES:
+                raise
+            log.warning("migration %s: reply to snapshot %s lost: %s", work.id, intended.mark, lost.what)
+            work.sleep(work.options.poll_s)
+    work.book.snapshot_made(intended.number, snapshot)
+    return next(one for one in work.book.snapshots() if one.number == intended.number)
+
+
+def reconcile(work: Work) -> None:
+    """Compare the journal's snapshots with the source's: adopt what was made but not written down, void what is gone."""
+    there = {snapshot.mark: snapshot for snapshot in work.doors.source.snapshots(work.uuid, work.mark_prefix)}
+    for record in work.book.snapshots():
+        if record.state is SnapshotState.INTENDED and record.mark in there:
+            work.book.snapshot_made(record.number, there[record.mark])
+        elif (record.state is SnapshotState.INTENDED and record.kind is PassKind.FINAL) or (record.state is SnapshotState.MADE and record.mark not in there):
+            work.book.snapshot_removed(record.number)
+    rounds = rounds_of(work.book)
+    base = newest_done(rounds)
+    if base is not None and base.snapshot.state is SnapshotState.REMOVED:
+        work.note(f"snapshot {base.snapshot.mark} is gone from the source: the disks are copied anew")
+        work.book.void_passes()
+
+
+def since_of(work: Work) -> Round | None:
+    """The round the next delta is since; None means a base."""
+    return newest_done(rounds_of(work.book))
+
+
+def prune(work: Work) -> None:
+    """Above KEPT, remove the oldest snapshots that nothing is read from any more. A refusal is tried again next time."""
+    rounds = rounds_of(work.book)
+    needed = {one.number for one in (newest_done(rounds), unfinished(rounds)) if one is not None}
+    made = [one.snapshot for one in rounds if one.snapshot.state is SnapshotState.MADE]
+    spare = [snapshot for snapshot in made if snapshot.number not in needed]
+    for snapshot in spare[: max(0, len(made) - KEPT)]:
+        try:
+            remove(work, snapshot)
+        except SourceError as refused:
+            work.note(f"snapshot {snapshot.mark} could not be removed yet: {refused.what}")
+
+
+def remove(work: Work, snapshot: SnapshotRecord) -> None:
+    work.doors.source.remove_snapshot(work.uuid, snapshot.snapshot)
+    work.book.snapshot_removed(snapshot.number)
+
+
+def remove_all(work: Work) -> int:
+    """Every snapshot of this migration, also those the journal did not get to know; how many there were."""
+    there = work.doors.source.snapshots(work.uuid, work.mark_prefix)
+    for snapshot in there:
+        work.doors.source.remove_snapshot(work.uuid, snapshot)
+    for record in work.book.snapshots():
+        if record.state is not SnapshotState.REMOVED:
+            work.book.snapshot_removed(record.number)
+    return len(there)

@@ -1,0 +1,131 @@
+"""What every step works with: the doors, the book, the operator's wishes, and the downtime so far."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tokvm.core.errors import BudgetExceeded, ConnectionLost
+from tokvm.core.units import format_duration
+from tokvm.migration.book import Book
+from tokvm.migration.doors import Doors, now, seconds_since
+from tokvm.migration.phases import Event, Phase
+from tokvm.migration.records import DowntimePart, MigrationRecord
+
+log = logging.getLogger(__name__)
+
+TRIES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class CutoverOptions:
+    """budget_s: the longest downtime accepted. deadline_s: how long the guest may take to stop. force_off: then cut its power.
+    proof_s: how long the target may take to show life; 0 asks for no proof. settle_s: how long to wait for a hypervisor to
+    finish what it has in hand. poll_s: between two looks."""
+
+    budget_s: float | None = None
+    deadline_s: float = 300.0
+    force_off: bool = False
+    proof_s: float = 300.0
+    settle_s: float = 60.0
+    poll_s: float = 0.5
+
+
+class Work:
+    """One run on one migration."""
+
+    def __init__(self, book: Book, doors: Doors, options: CutoverOptions | None = None) -> None:
+        self.book = book
+        self.doors = doors
+        self.options = options or CutoverOptions()
+        self.start_sent_here = False
+        begun = book.record()
+        self.id, self.uuid, self.name, self.owner = begun.id, begun.vm_uuid, begun.name, begun.owner
+        self.mark_prefix = begun.mark_prefix
+
+    @property
+    def record(self) -> MigrationRecord:
+        return self.book.record()
+
+    @property
+    def phase(self) -> Phase:
+        return self.book.phase
+
+    def advance(self, event: Event, note: str = "") -> None:
+        phase = self.book.advance(event, note)
+        log.info("migration %s of %r: %s%s", self.id, self.name, phase, f" ({note})" if note else "")
+        self.doors.observer.phase(phase)
+
+    def step(self, name: str) -> None:
+        self.doors.observer.step(name)
+
+    def note(self, text: str) -> None:
+        """Kept in the journal and shown."""
+        log.info("migration %s of %r: %s", self.id, self.name, text)
+        self.book.note(text)
+        self.doors.observer.note(text)
+
+    def sleep(self, seconds: float) -> None:
+        self.doors.clock.sleep(seconds)
+
+    # ---- downtime
+
+    def down_begins(self) -> None:
+        """The source is asked to stop now, or was found off."""
+        self.book.down_since(now(self.doors.clock))
+
+    def elapsed(self) -> float:
+        """Seconds of downtime so far; 0 while the source was not asked to stop."""
+        down = self.record.down
+        return 0.0 if down is None else seconds_since(self.doors.clock, down)
+
+    def took(self, part: DowntimePart) -> None:
+        """A part of the downtime is over: what has passed since the parts before it."""
+        attempt = self.record.attempt
+        before = sum(t.seconds for t in self.book.timings(attempt) if t.part is not part)
+        seconds = round(max(0.0, self.elapsed() - before), 3)
+        self.book.timing(attempt, part, seconds)
+        self.doors.observer.downtime(part, seconds)
+
+    def downtime(self) -> dict[str, float]:
+        """The parts measured in the newest cutover, and their total."""
+        parts = {str(t.part): t.seconds for t in self.book.timings(self.record.attempt)}
+        return {**parts, "total": round(sum(parts.values()), 3)} if parts else {}
+
+    def left(self) -> float | None:
+        """Seconds of the budget that are left; None without a budget."""
+        budget = self.options.budget_s
+        return None if budget is None else budget - self.elapsed()
+
+    def over_budget(self) -> bool:
+        left = self.left()
+        return left is not None and left <= 0
+
+    def check_budget(self, doing: str) -> None:
+        if self.over_budget():
+            raise self.too_long(doing)
+
+    def too_long(self, doing: str) -> BudgetExceeded:
+        budget = format_duration(self.options.budget_s or 0.0)
+        return BudgetExceeded(
+            f"the downtime passed the budget of {budget} {doing}; the source goes on",
+            where=self.name,
+            fix="run `tokvm sync` until a delta is small, or give a larger --budget",
+        )
+
+    # ---- replies that get lost
+
+    def insist(self, act: Callable[[], None], done: Callable[[], bool]) -> None:
+        """Do it; when the reply is lost ask whether it was done, else do it again (a few times)."""
+        for attempt in range(1, TRIES + 1):
+            try:
+                act()
+                return
+            except ConnectionLost as lost:
+                if attempt == TRIES:
+                    raise
+                log.warning("migration %s: reply lost: %s", self.id, lost.what)
+                self.sleep(self.options.poll_s)
+                if done():
+                    return

@@ -1,0 +1,198 @@
+"""Structured mutants of small VHDs, checksums repaired: refused with a place, or read within the disk, never worse."""
+
+from __future__ import annotations
+
+import random
+import resource
+import struct
+import time
+from typing import Any
+
+import pytest
+
+from tokvm.core.errors import ImageError
+from tokvm.core.units import MiB
+from tokvm.images.chain import Chain
+from tokvm.images.open import open_image
+from tokvm.images.reader import ChainReader
+from tokvm.images.vhd_stream import VhdStream
+
+CPU_LIMIT_S = 2.0
+MEMORY_LIMIT = 256 * MiB
+INTERESTING = [0, 1, 2, 3, 4, 7, 8, 0xFF, 0x200, 0x7FFF, 0xFFFF, 1 << 16, 1 << 21, 0x7FFFFFFF, 1 << 31, 0xFFFFFFFE, 0xFFFFFFFF]
+WIDE = [
+    *INTERESTING,
+    1 << 32,
+    1 << 40,
+    (1 << 41) - 512,
+    1 << 41,
+    1 << 62,
+    (1 << 63) - 1,
+    1 << 63,
+    (1 << 64) - 512,
+    (1 << 64) - 1,
+]
+FOOTER_FIELDS = [
+    (0, 8),
+    (8, 4),
+    (12, 4),
+    (16, 8),
+    (28, 4),
+    (32, 4),
+    (40, 8),
+    (48, 8),
+    (56, 4),
+    (60, 4),
+    (64, 4),
+    (68, 8),
+    (84, 2),
+]
+HEADER_FIELDS = [(0, 8), (16, 8), (24, 4), (28, 4), (32, 4), (36, 4), (40, 8), (576, 4), (584, 4), (592, 8)]
+
+
+def seeds(kit: Any) -> list[bytes]:
+    rng = random.Random(5)
+    made = []
+    for kind, block_size in ((3, 4096), (4, 4096), (3, 65536), (4, 512), (2, 4096)):
+        vhd = kit.Vhd(100 * 512, kind=kind, block_size=block_size, seed=rng.random(), parent="p" if kind == 4 else None)
+        vhd.sectors = kit.random_sectors(rng, vhd.size, 5)
+        made.append(vhd.build())
+    return made
+
+
+def poke(rng: random.Random, raw: bytearray, at: int, width: int) -> None:
+    if at + width > len(raw):
+        return
+    choice = rng.random()
+    if choice < 0.35:
+        raw[at + rng.randrange(width)] ^= 1 << rng.randrange(8)
+    elif choice < 0.5:
+        raw[at : at + width] = rng.randbytes(width)
+    else:
+        value = rng.choice(WIDE) & ((1 << 8 * width) - 1)
+        raw[at : at + width] = value.to_bytes(width, "big")
+
+
+def mutate(rng: random.Random, seed: bytes, kit: Any) -> bytes:
+    raw = bytearray(seed)
+    for _ in range(rng.randint(1, 3)):
+        match rng.randrange(6):
+            case 0 | 1:
+                field, width = rng.choice(FOOTER_FIELDS)
+                for base in rng.choice(((0,), (len(raw) - 512,), (0, len(raw) - 512))):
+                    state = rng.getstate()
+                    poke(rng, raw, base + field, width)
+                    rng.setstate(state)  # the same change in both footers
+                rng.random()
+            case 2:
+                field, width = rng.choice(HEADER_FIELDS)
+                poke(rng, raw, 512 + field, width)
+            case 3:
+                poke(rng, raw, 1536 + 4 * rng.randrange(16), 4)
+            case 4:
+                one, other = (1536 + 4 * rng.randrange(16) for _ in range(2))
+                raw[one : one + 4] = raw[other : other + 4]
+            case _:
+                poke(rng, raw, rng.randrange(len(raw) - 8), 8)
+    if rng.random() < 0.8 and len(raw) > 2048:
+        raw[-512:] = kit.sealed_footer(bytes(raw[-512:]))
+        raw[:512] = kit.sealed_footer(bytes(raw[:512]))
+        raw[512:1536] = kit.sealed_header(bytes(raw[512:1536]))
+    match rng.randrange(10):
+        case 0:
+            del raw[rng.randrange(len(raw)) :]
+        case 1:
+            raw += rng.randbytes(rng.randrange(1, 2000))
+    return bytes(raw)
+
+
+def try_both_ways(kit: Any, raw: bytes) -> str:
+    """Read it as a file and as a stream. The answer of the file; anything but an ImageError is a failure."""
+    outcome = "read"
+    try:
+        reader = ChainReader(Chain.open([open_image(kit.File(raw, "mutant.vhd"))]), pool=kit.pool)
+        drain(reader)
+    except ImageError as exc:
+        assert exc.where.startswith("mutant.vhd"), exc
+        assert exc.fix, exc
+        outcome = "refused"
+    try:
+        drain(VhdStream(kit.Exporter(raw, step=10_000), name="mutant", pool=kit.pool, expect_size=100 * 512))
+    except ImageError as exc:
+        assert exc.where.startswith("mutant"), exc
+    return outcome
+
+
+def drain(reader: Any) -> None:
+    for chunk in reader.chunks():
+        assert 0 <= chunk.offset < chunk.offset + chunk.length <= reader.size
+        chunk.release()
+
+
+def run_mutants(kit: Any, seed: int, count: int) -> dict[str, int]:
+    rng = random.Random(seed)
+    originals = seeds(kit)
+    outcomes = {"read": 0, "refused": 0}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for number in range(count):
+        raw = mutate(rng, rng.choice(originals), kit)
+        start = time.process_time()
+        outcomes[try_both_ways(kit, raw)] += 1
+        spent = time.process_time() - start
+        assert spent <= CPU_LIMIT_S, f"mutant {number} of seed {seed} took {spent:.1f} s of CPU"
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert grown <= MEMORY_LIMIT
+    return outcomes
+
+
+@pytest.fixture
+def kit_with_pool(kit: Any) -> Any:
+    from tokvm.core.disk import BufferPool
+
+    class Pooled:
+        pool = BufferPool(6, 65536)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(kit, name)
+
+    return Pooled()
+
+
+def test_some_hundred_mutants(kit_with_pool: Any) -> None:
+    outcomes = run_mutants(kit_with_pool, seed=1, count=500)
+    assert outcomes["refused"] > 100  # the mutator reaches the checks
+    assert outcomes["read"] > 30  # and does not only make rubbish
+    assert kit_with_pool.free_buffers(kit_with_pool.pool) == 6
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", range(2, 12))
+def test_many_thousand_mutants(kit_with_pool: Any, seed: int) -> None:
+    outcomes = run_mutants(kit_with_pool, seed=seed, count=2500)
+    assert sum(outcomes.values()) == 2500
+    assert kit_with_pool.free_buffers(kit_with_pool.pool) == 6
+
+
+def test_every_single_bit_of_the_structures(kit_with_pool: Any) -> None:
+    """Flipped without repair: the checksums find it, or it is outside of them and the map still lies within the disk."""
+    raw = kit_with_pool.Vhd(20 * 512, kind=3, block_size=4096, sectors={0: bytes(512), 9: bytes(512)}).build()
+    for place in [*range(0, 600, 7), *range(1536, 1556), *range(len(raw) - 512, len(raw), 7)]:
+        flipped = bytearray(raw)
+        flipped[place] ^= 1 << place % 8
+        assert try_both_ways(kit_with_pool, bytes(flipped)) in ("read", "refused")
+
+
+def test_a_huge_table_of_tiny_blocks_is_bounded(kit: Any) -> None:
+    """The largest table that is accepted: 2^22 blocks; checked within the limits."""
+    entries = 1 << 22
+    size = entries * 512
+    vhd = kit.Vhd(size, block_size=512, bat_offset=1536)
+    bat = struct.pack(">I", 0xFFFFFFFF) * (entries - 2) + struct.pack(">2I", 3 + entries * 4 // 512, 3 + entries * 4 // 512)
+    raw = vhd.footer() + vhd.header() + bat + bytes(4096) + vhd.footer()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.process_time()
+    with pytest.raises(ImageError, match="overlap"):
+        open_image(kit.File(raw))
+    assert time.process_time() - start <= CPU_LIMIT_S
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 <= MEMORY_LIMIT

@@ -1,0 +1,48 @@
+"""A played XenServer for each test, and ssh to it."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tokvm.testing.xenserver.host import DiskSpec, HostOptions, MachineSpec, XenHost, build_host
+
+MiB = 1 << 20
+SSH = Callable[..., "subprocess.CompletedProcess[bytes]"]
+Build = Callable[..., XenHost]
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Iterator[Build]:
+    """Build a host: options by keyword, machines by position. Everything is stopped at the end."""
+    hosts: list[XenHost] = []
+
+    def make(*machines: MachineSpec, **options: object) -> XenHost:
+        specs = machines or (MachineSpec("web", disks=[DiskSpec(16 * MiB), DiskSpec(5 * MiB)]),)
+        host = build_host(tmp_path / f"host{len(hosts)}", machines=specs, options=HostOptions(**options))  # type: ignore[arg-type]
+        hosts.append(host)
+        return host
+
+    yield make
+    for host in hosts:
+        host.close()
+
+
+@pytest.fixture
+def host(build: Build) -> XenHost:
+    return build()
+
+
+@pytest.fixture
+def ssh() -> SSH:
+    """A line sent to a host by the real ssh."""
+
+    def send(host: XenHost, line: str, *, timeout_s: float = 30.0) -> subprocess.CompletedProcess[bytes]:
+        sshd = host.sshd
+        argv = ["ssh", "-F", str(sshd.config_file), "-p", str(sshd.port), "--", f"{sshd.user}@{sshd.host}", line]
+        return subprocess.run(argv, capture_output=True, timeout=timeout_s, check=False, stdin=subprocess.DEVNULL)
+
+    return send
