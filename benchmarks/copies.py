@@ -94,24 +94,20 @@ def _compare(target: Path, expected: Path, size: int) -> None:
 
 
 class _Loop:
-    """One loop device, whose backing file is made anew for each run."""
+    """One loop device, whose backing file is emptied for each run. It stays attached: others may want the number."""
 
     def __init__(self, backing: Path, size: int) -> None:
-        self._backing, self._size = backing, size
-        self._make()
+        self._backing = backing
+        backing.unlink(missing_ok=True)
+        with backing.open("wb") as file:
+            file.truncate(size)
         done = subprocess.run(["losetup", "--find", "--show", str(backing)], check=True, capture_output=True, text=True)
         self.path = done.stdout.strip()
 
     def renew(self) -> None:
-        subprocess.run(["losetup", "--detach", self.path], check=True)
-        self._make()
-        subprocess.run(["losetup", self.path, str(self._backing)], check=True)
+        subprocess.run(["blkdiscard", "--force", self.path], check=True, capture_output=True)
+        subprocess.run(["sync", str(self._backing)], check=True)
 
     def close(self) -> None:
         subprocess.run(["losetup", "--detach", self.path], check=False)
         self._backing.unlink(missing_ok=True)
-
-    def _make(self) -> None:
-        self._backing.unlink(missing_ok=True)
-        with self._backing.open("wb") as file:
-            file.truncate(self._size)

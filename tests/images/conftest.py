@@ -177,7 +177,7 @@ class NaiveVhd:
         return bytes(body) + self.footer(**footer)
 
     def _block(self, block: int, per_block: int, rng: random.Random) -> bytes:
-        bits = bytearray(-(-(-(-per_block // 8)) // SECTOR) * SECTOR)
+        bits = bytearray((per_block + 8 * SECTOR - 1) // (8 * SECTOR) * SECTOR)
         data = bytearray(rng.randbytes(self.block_size) if self.seed is not None else b"\xee" * self.block_size)
         for place in range(per_block):
             found = self.sectors.get(block * per_block + place)
@@ -203,14 +203,16 @@ def content(reader: DiskReader, under: bytes = b"", position: int = 0) -> bytes:
     raw = bytearray(under[: reader.size].ljust(reader.size, b"\0"))
     last = position
     for chunk in reader.chunks(position):
-        assert 0 <= chunk.offset and 0 < chunk.length and chunk.offset + chunk.length <= reader.size
+        assert 0 <= chunk.offset < chunk.offset + chunk.length <= reader.size
         assert chunk.position > last
         last = chunk.position
         if chunk.kind is ExtentKind.DATA:
-            assert chunk.data is not None and len(chunk.data) == chunk.length
+            assert chunk.data is not None
+            assert len(chunk.data) == chunk.length
             raw[chunk.offset : chunk.offset + chunk.length] = chunk.data
         else:
-            assert chunk.kind is ExtentKind.ZERO and chunk.data is None
+            assert chunk.kind is ExtentKind.ZERO
+            assert chunk.data is None
             raw[chunk.offset : chunk.offset + chunk.length] = bytes(chunk.length)
         chunk.release()
     return bytes(raw)

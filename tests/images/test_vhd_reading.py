@@ -148,8 +148,8 @@ def test_old_tapdisk_set_hidden_without_summing_again(kit: Any) -> None:
     layer = layer_of(kit, bytes(footer) + raw[512:-512] + bytes(footer))
     assert layer.describe()["hidden"] is True
     assert not layer.warnings
+    modern = footer[:28] + b"win " + footer[32:]
     with pytest.raises(ImageError, match="checksum"):
-        modern = footer[:28] + b"win " + footer[32:]
         layer_of(kit, bytes(modern) + raw[512:-512] + bytes(modern))
 
 

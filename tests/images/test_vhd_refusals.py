@@ -57,7 +57,7 @@ CASES: dict[str, tuple[Callable[[Any], bytes], int, str]] = {
     "poisoned at both ends": (with_both_ends(b"v_poison"), END, "v_poison"),
     "poisoned at the end": (lambda kit: kit.patched(disk(kit).build(), END, b"v_poison"), END, "v_poison"),
     "poisoned copy": (lambda kit: kit.patched(disk(kit).build(), 0, b"v_poison"), 0, "v_poison"),
-    "both footers damaged": (lambda kit: kit.patched(kit.patched(disk(kit).build(), 90, b"x"), END + 90, b"x"), END + 64, "checksum"),
+    "both footers damaged": (with_both_ends(b"conectix" + bytes(99)), END + 64, "footer checksum"),
     "file version": (with_footer(version=0x20000), END + 12, "file version is 0x20000"),
     "type 0": (with_footer(kind=0), END + 60, "disk type is 0"),
     "type 5": (with_footer(kind=5), END + 60, "disk type is 5"),

@@ -106,7 +106,7 @@ def test_positions_between_chunks_are_good_too(kit: Any) -> None:
     whole = [taken(chunk) for chunk in stream(kit.Exporter(raw)).chunks()]
     for position in range(0, whole[-1][0], 500):
         rest = [taken(chunk) for chunk in stream(kit.Exporter(raw)).chunks(position)]
-        assert {at for at in pieces(rest)} >= {at for at in pieces([one for one in whole if one[0] - one[2] >= position])}
+        assert set(pieces(rest)) >= set(pieces([one for one in whole if one[0] - one[2] >= position]))
         assert all(one[0] > position for one in rest)
 
 
@@ -234,16 +234,19 @@ def test_a_block_before_the_bat_cannot_be_streamed(kit: Any) -> None:
 def test_a_fixed_disk_is_streamed_when_its_size_is_known(kit: Any, step: int) -> None:
     vhd = kit.Vhd(100 * 512, kind=2, sectors={7: b"\5" * 512})
     raw = vhd.build()
-    reader = stream(kit.Exporter(raw, step), BufferPool(2, 8192), expect_size=vhd.size, expect_parent=StreamKind.BASE)
+    reader = stream(kit.Exporter(raw, step), BufferPool(2, 8192), expect_size=vhd.size, expect_parent=StreamKind.FIXED)
     assert kit.content(reader) == vhd.over(b"")
     whole = [taken(chunk) for chunk in reader.chunks()]
     assert [taken(chunk) for chunk in reader.chunks(whole[2][0])] == whole[3:]
-    with pytest.raises(ImageError, match="footer cookie"):
-        stream(kit.Exporter(raw))
-    with pytest.raises(ImageError):
-        kit.content(stream(kit.Exporter(raw), expect_size=vhd.size - 512))
-    with pytest.raises(ImageError):
-        kit.content(stream(kit.Exporter(raw), expect_size=vhd.size + 512))
+    for options in ({}, {"expect_size": vhd.size}, {"expect_size": vhd.size, "expect_parent": StreamKind.BASE}):
+        with pytest.raises(ImageError, match="footer cookie"):
+            stream(kit.Exporter(raw), **options)
+    for wrong in (vhd.size - 512, vhd.size + 512):
+        with pytest.raises(ImageError, match=r"footer|ended at byte"):
+            kit.content(stream(kit.Exporter(raw), expect_size=wrong, expect_parent=StreamKind.FIXED))
+    for other in (kit.Vhd(512, block_size=512), kit.Vhd(512, kind=4, block_size=512)):
+        with pytest.raises(ImageError, match=r"footer|ended at byte"):
+            kit.content(stream(kit.Exporter(other.build()), expect_size=512, expect_parent=StreamKind.FIXED))
 
 
 def test_a_message_instead_of_a_disk_is_refused(kit: Any) -> None:

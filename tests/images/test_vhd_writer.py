@@ -94,8 +94,11 @@ def test_libvhdi_reads_a_chain(tmp_path: Path) -> None:
     base, child = random_runs(4, size), random_runs(5, size, step=8 * SECTOR)
     for name, options in (
         ("base.vhd", {"kind": "dynamic", "runs": base, "unique_id": base_id}),
-        ("child.vhd", {"kind": "differencing", "runs": child, "unique_id": child_id, "parent_id": base_id, "parent_name": "base.vhd"}),
-    ):  # fmt: skip
+        (
+            "child.vhd",
+            {"kind": "differencing", "runs": child, "unique_id": child_id, "parent_id": base_id, "parent_name": "base.vhd"},
+        ),
+    ):
         (tmp_path / name).write_bytes(written(size=size, **options))
     parent, top = pyvhdi.file(), pyvhdi.file()
     parent.open(str(tmp_path / "base.vhd"))
@@ -116,7 +119,8 @@ def test_both_of_our_readers_read_it(kit: Any, block_size: int, batmap: bool) ->
     parent = written(size=size, kind="dynamic", runs=base, block_size=block_size, batmap=batmap)
     top = written(
         size=size, kind="differencing", runs=child, block_size=block_size, batmap=batmap,
-        unique_id=UUID(int=6), parent_id=UUID(int=5), parent_name="a parent with ünïcode.vhd", creator=b"tap\0", creator_version=0x10003,
+        unique_id=UUID(int=6), parent_id=UUID(int=5), parent_name="a parent with ünïcode.vhd",
+        creator=b"tap\0", creator_version=0x10003,
     )  # fmt: skip
     chain = kit.chain(parent, top)
     content = applied(child, applied(base, bytes(size)))

@@ -85,7 +85,7 @@ def test_a_stream_has_the_shape_and_the_ids_of_xapis(host: XenHost) -> None:
     _, vdi = snapshot(host, 2)
     stream = export(host, vdi, base).stdout
     footer = Footer.parse(stream[:512], name="stream", offset=0)
-    header = DynamicHeader.parse(stream[512:1536], name="stream", offset=512)
+    header = DynamicHeader.parse(stream[512:1536], name="stream", offset=512, footer=footer)
     assert stream[-512:] == stream[:512]
     assert (footer.type, str(footer.unique_id), str(header.parent_id)) == (4, vdi, base)
 
@@ -129,18 +129,35 @@ def test_snapshots_have_new_uuids_and_know_where_they_come_from(host: XenHost) -
     assert host.run(line=vms).text == host.uuid("web")
 
 
-def test_a_snapshot_in_use_is_not_removed_and_then_is_with_its_disks(build: Callable[..., XenHost]) -> None:
+def test_a_snapshot_goes_with_its_disks(host: XenHost) -> None:
+    taken, vdi = snapshot(host, 1)
+    assert host.run("xe", "snapshot-uninstall", f"uuid={taken}", "force=true").code == 0
+    assert host.snapshots("web") == []
+    assert b"type: VDI" in export(host, vdi).stderr
+    assert not host.folder.joinpath("backend", host.uuid("web"), "frozen", taken).exists()
+
+
+def test_a_disk_in_use_outlives_its_snapshot_and_is_destroyed_later(build: Callable[..., XenHost]) -> None:
     host = build(in_use_s=0.5)
     taken, vdi = snapshot(host, 1)
     export(host, vdi)
     refused = host.run("xe", "snapshot-uninstall", f"uuid={taken}", "force=true")
     assert refused.code == 1
     assert b"in use by some other operation\nvdi: " + vdi.encode() in refused.stderr
-    time.sleep(0.5)
-    assert host.run("xe", "snapshot-uninstall", f"uuid={taken}", "force=true").code == 0
     assert host.snapshots("web") == []
-    assert b"type: VDI" in export(host, vdi).stderr
+    assert b"in use" in host.run("xe", "vdi-destroy", f"uuid={vdi}").stderr
+    time.sleep(0.5)
+    assert host.run("xe", "vdi-destroy", f"uuid={vdi}").code == 0
     assert not host.folder.joinpath("backend", host.uuid("web"), "frozen", taken).exists()
+    assert host.violations() == []
+
+
+def test_destroying_a_disk_that_somebody_has_is_a_violation(host: XenHost) -> None:
+    _, vdi = snapshot(host, 1)
+    for disk in (vdi, host.vdi("web")):
+        assert host.run("xe", "vdi-destroy", f"uuid={disk}").code == 1
+        assert disk in host.state()["vdis"]
+    assert len(host.violations()) == 2
 
 
 def test_the_vm_itself_is_no_snapshot(host: XenHost) -> None:
@@ -197,8 +214,9 @@ def test_faults_of_a_delta(host: XenHost, kind: str, type_: int, right_parent: b
     _, vdi = snapshot(host, 2)
     host.fault("base=", kind)
     stream = export(host, vdi, base).stdout
-    assert Footer.parse(stream[:512], name="stream", offset=0).type == type_
-    parent = DynamicHeader.parse(stream[512:1536], name="stream", offset=512).parent_id
+    footer = Footer.parse(stream[:512], name="stream", offset=0)
+    assert footer.type == type_
+    parent = DynamicHeader.parse(stream[512:1536], name="stream", offset=512, footer=footer).parent_id
     assert (str(parent) == base) is right_parent
 
 

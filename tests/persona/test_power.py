@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 from tokvm.testing.xenserver.host import Answer, DiskSpec, MachineSpec, XenHost
 
 Build = Callable[..., XenHost]
+Ssh = Callable[..., "subprocess.CompletedProcess[bytes]"]
 
 
 def get(host: XenHost, param: str) -> str:
@@ -91,7 +93,7 @@ def test_force_ends_a_clean_shutdown_that_hangs(build: Build) -> None:
     wait_for(lambda: get(host, "current-operations") == "")
 
 
-def test_a_power_off_lands_after_its_client_has_gone(host: XenHost, ssh: Callable[..., object]) -> None:
+def test_a_power_off_lands_after_its_client_has_gone(host: XenHost, ssh: Ssh) -> None:
     host.fault("vm-shutdown", "late", seconds=0.6)
     assert ssh(host, f"xe vm-shutdown uuid={host.uuid('web')}").returncode == 255
     assert get(host, "power-state") == "running"

@@ -228,9 +228,12 @@ def open_host() -> Iterator[Callable[..., SshHost]]:
         host.close()
 
 
-@pytest.fixture
-def host(shared_server: Server, open_host: Callable[..., SshHost]) -> SshHost:
-    return open_host(shared_server)
+@pytest.fixture(scope="session")
+def host(shared_server: Server) -> Iterator[SshHost]:
+    """One for all tests that leave its connection as it is: a login takes a fifth of a second."""
+    host = SshHost(shared_server.config())
+    yield host
+    host.close()
 
 
 def eventually(true: Callable[[], object], *, within_s: float = 5.0) -> None:

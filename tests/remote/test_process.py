@@ -121,7 +121,7 @@ def test_a_child_is_a_pair_of_pipes() -> None:
 
 
 def test_closing_a_child_ends_it_and_its_group_and_leaks_nothing() -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(5):
         child = start(["sh", "-c", "sleep 1000 & echo $!; wait"], where="test", stdin=Stdin.PIPE)
         below = int(os.read(child.stdout, 100))
@@ -132,7 +132,7 @@ def test_closing_a_child_ends_it_and_its_group_and_leaks_nothing() -> None:
         while alive(below) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert not alive(below)
-    assert len(os.listdir("/proc/self/fd")) <= before
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
 
 
 def test_waiting_has_an_end_and_leaves_it_running() -> None:

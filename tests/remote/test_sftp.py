@@ -69,12 +69,13 @@ def test_a_file_is_read_as_it_is(host: SshHost, path: str, content: bytes) -> No
             file.read_into(0, memoryview(bytearray(1)))
 
 
-@pytest.mark.parametrize("length", [0, 1, 255 * KiB - 1, 255 * KiB, 255 * KiB + 1, 2 * MiB])
-def test_read_into_fills_the_buffer_from_any_offset(host: SshHost, path: str, content: bytes, length: int) -> None:
+def test_read_into_fills_the_buffer_from_any_offset(host: SshHost, path: str, content: bytes) -> None:
     with host.sftp() as sftp:
-        buffer = bytearray(length)
-        sftp.open(path).read_into(777, memoryview(buffer))
-        assert buffer == content[777 : 777 + length]
+        file = sftp.open(path)
+        for length in (0, 1, 255 * KiB - 1, 255 * KiB, 255 * KiB + 1, 2 * MiB):
+            buffer = bytearray(length)
+            file.read_into(777, memoryview(buffer))
+            assert buffer == content[777 : 777 + length]
 
 
 def test_the_last_byte_is_read_and_none_behind_it(host: SshHost, path: str, content: bytes) -> None:
@@ -176,7 +177,7 @@ def test_closing_ends_a_read_in_another_thread(fake_client: Callable[..., SftpCl
     assert "closed" in str(caught[0])
 
 
-@pytest.mark.parametrize("cap", [1000, 32 * KiB, 64 * KiB])
+@pytest.mark.parametrize("cap", [10_000, 64 * KiB])
 def test_short_reads_are_asked_for_again(fake_client: Callable[..., SftpClient], path: str, content: bytes, cap: int) -> None:
     with fake_client(cap=cap) as sftp:
         file = sftp.open(path)
@@ -198,9 +199,7 @@ def test_a_server_without_limits_is_asked_for_32_kib(fake_client: Callable[..., 
         assert read_all(sftp.open(path), len(content)) == content
 
 
-@pytest.mark.parametrize(
-    ("limits", "read_size"), [(0, 32 * KiB), (1, 4 * KiB), (65536, 64 * KiB), (2**63, 255 * KiB), (2**64 - 1, 255 * KiB)]
-)
+@pytest.mark.parametrize(("limits", "read_size"), [(0, 32 * KiB), (1, 4 * KiB), (2**64 - 1, 255 * KiB)])
 def test_limits_are_believed_within_reason(
     fake_client: Callable[..., SftpClient], path: str, limits: int, read_size: int
 ) -> None:
@@ -209,7 +208,7 @@ def test_limits_are_believed_within_reason(
         sftp.open(path).read_into(0, memoryview(bytearray(300 * KiB)))
 
 
-@pytest.mark.parametrize("code", [3, 4, 8, 999])
+@pytest.mark.parametrize("code", [4, 999])
 def test_a_status_in_the_middle_is_an_error_at_that_offset(
     fake_client: Callable[..., SftpClient], path: str, code: int
 ) -> None:

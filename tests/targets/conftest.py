@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -19,6 +21,12 @@ def _run(*argv: str) -> str:
     return subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
 
 
+def _remove_node(number: int) -> None:
+    """LOOP_CTL_REMOVE of <linux/loop.h>: a node that `losetup` made by name stays otherwise."""
+    with open("/dev/loop-control", "rb") as control, contextlib.suppress(OSError):
+        fcntl.ioctl(control, 0x4C81, number)
+
+
 @pytest.fixture
 def loop(tmp_path: Path) -> Iterator[LoopMaker]:
     """make(size=…, content=…, options=(…)) → /dev/loopN over a new file of 0x53 bytes; detached after the test."""
@@ -28,6 +36,7 @@ def loop(tmp_path: Path) -> Iterator[LoopMaker]:
 
     def make(
         *,
+        node: str | None = None,
         size: int = 8 * MiB,
         content: dict[int, bytes] | None = None,
         options: tuple[str, ...] = (),
@@ -42,13 +51,19 @@ def loop(tmp_path: Path) -> Iterator[LoopMaker]:
                     out.write(data)
                 out.flush()
                 os.fsync(out.fileno())
-        device = _run("losetup", "--find", "--show", *options, str(file))
+        device = node or _run("losetup", "--find", "--show", *options, str(file))
+        if node is not None:
+            _run("losetup", *options, node, str(file))
         made.append(device)
         return device
 
     yield make
     for device in reversed(made):
-        subprocess.run(["losetup", "-d", device], check=False, capture_output=True)
+        backing = Path("/sys/block") / Path(device).name / "loop" / "backing_file"
+        if backing.exists() and backing.read_text().startswith(str(tmp_path)):  # nobody else's, should the number be theirs now
+            subprocess.run(["losetup", "-d", device], check=False, capture_output=True)
+            if int(device.removeprefix("/dev/loop")) >= 1000:
+                _remove_node(int(device.removeprefix("/dev/loop")))
 
 
 @pytest.fixture

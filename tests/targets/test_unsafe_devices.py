@@ -287,7 +287,7 @@ def test_the_device_of_the_earlier_run_may_hold_anything(loop: LoopMaker) -> Non
 
 
 def test_a_re_attached_loop_device_over_another_file_is_refused(loop: LoopMaker, tmp_path: Path) -> None:
-    device = loop()
+    device = loop(node=f"/dev/loop{1000 + os.getpid() % 30000}")  # far from where `losetup --find` looks meanwhile
     writer = open_target(TargetSpec(device), size=SIZE)
     identity = writer.identity
     writer.close()

@@ -13,7 +13,7 @@ from tokvm.core.errors import Blocked, DomainError, TargetError
 from tokvm.core.machine import Finding, Severity, VirtualMachine
 from tokvm.domain.host import LibvirtHost
 from tokvm.sources.base import MachineSummary, Source
-from tokvm.targets.open import probe_target
+from tokvm.targets.probe import probe_target
 
 BLOCKED_EXIT = Blocked.exit_code
 Note = Callable[[str], None]

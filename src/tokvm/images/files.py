@@ -49,28 +49,11 @@ class LocalFile:
                 where=f"{self.name}@{offset:#x}",
                 fix="copy the file again; it is shorter than it says",
             )
-        if self._direct_fd is not None and offset % _DIRECT_ALIGN == 0 and len(buffer) % _DIRECT_ALIGN == 0:
-            done = self._read_direct(self._direct_fd, offset, buffer)
-        else:
-            done = 0
-        self._read_all(self._fd, offset + done, buffer[done:])
-
-    def _read_direct(self, fd: int, offset: int, buffer: memoryview) -> int:
-        """Bytes read past the page cache; fewer than asked (or none) where the file system wants other alignments."""
-        try:
-            return os.preadv(fd, [buffer], offset)
-        except OSError as exc:
-            if exc.errno != errno.EINVAL:
-                raise self._failed(offset, exc) from exc
-            return 0
-
-    def _read_all(self, fd: int, offset: int, buffer: memoryview) -> None:
         done = 0
+        if self._direct_fd is not None and offset % _DIRECT_ALIGN == 0 and len(buffer) % _DIRECT_ALIGN == 0:
+            done = self._read(self._direct_fd, offset, buffer)
         while done < len(buffer):
-            try:
-                count = os.preadv(fd, [buffer[done:]], offset + done)
-            except OSError as exc:
-                raise self._failed(offset + done, exc) from exc
+            count = self._read(self._fd, offset + done, buffer[done:] if done else buffer)
             if count == 0:
                 raise ImageError(
                     f"the file ended {len(buffer) - done} bytes early; it shrank while it was read",
@@ -78,6 +61,15 @@ class LocalFile:
                     fix="see who writes to the image, then run the command again",
                 )
             done += count
+
+    def _read(self, fd: int, offset: int, buffer: memoryview) -> int:
+        """Bytes read, perhaps fewer than asked; 0 past the page cache where the file system wants other alignments."""
+        try:
+            return os.preadv(fd, [buffer], offset)
+        except OSError as exc:
+            if exc.errno == errno.EINVAL and fd == self._direct_fd:
+                return 0
+            raise self._failed(offset, exc) from exc
 
     def _failed(self, offset: int, exc: OSError) -> ImageError:
         return ImageError(

@@ -16,12 +16,11 @@ class StreamCursor:
         self.position = position
         self._stream = stream
         self._name = name
-        self._pushed = memoryview(b"")
         self._scratch = memoryview(b"")
 
     def read(self, view: memoryview, what: str) -> None:
         """Fill `view`, or ImageError naming the byte where the stream ended."""
-        done = self._unpush(view)
+        done = 0
         while done < len(view):
             count = self._stream.read_into(view[done:])
             if count == 0:
@@ -48,15 +47,10 @@ class StreamCursor:
         while self.position < position:
             self.read(self._scratch[: position - self.position], what)
 
-    def push_back(self, raw: bytes | bytearray) -> None:
-        """The bytes just read come again."""
-        self._pushed = memoryview(bytes(raw))
-        self.position -= len(raw)
-
     def read_rest(self, limit: int) -> bytes:
         """Everything up to the end, at most `limit` bytes and one (so that too much is seen)."""
         raw = memoryview(bytearray(limit + 1))
-        done = self._unpush(raw)
+        done = 0
         while done <= limit:
             count = self._stream.read_into(raw[done:])
             if count == 0:
@@ -64,13 +58,6 @@ class StreamCursor:
             done += count
             self.position += count
         return bytes(raw[:done])
-
-    def _unpush(self, view: memoryview) -> int:
-        count = min(len(self._pushed), len(view))
-        view[:count] = self._pushed[:count]
-        self._pushed = self._pushed[count:]
-        self.position += count
-        return count
 
     def finish(self) -> None:
         self._stream.finish()

@@ -20,7 +20,7 @@ import numpy as np
 from tokvm.core.extents import Column, ExtentMap
 from tokvm.images.base import MAX_ROWS, WINDOW, ReadAt
 from tokvm.images.raw import linear_map
-from tokvm.images.vhd_blocks import BlockTable, structures_of
+from tokvm.images.vhd_blocks import BlockTable, Rows, structures_of
 from tokvm.images.vhd_footer import FoundFooter, find_footer
 from tokvm.images.vhd_structs import (
     FOOTER_SIZE,
@@ -95,7 +95,7 @@ class VhdLayer:
             return ExtentMap.empty(start, start)
         blocks = table.present(start // table.block_size, -(-stop // table.block_size))
         step = max(1, _BATCH_SECTORS // table.sectors)
-        parts: list[tuple[Column, Column, Column, Column]] = []
+        parts: list[Rows] = []
         count = 0
         for place in range(0, len(blocks), step):
             batch = blocks[place : place + step]
@@ -155,9 +155,7 @@ class VhdLayer:
         return found
 
 
-def _cut(
-    part: tuple[Column, Column, Column, Column], stop: int, block_size: int, room: int, *, is_first: bool
-) -> tuple[tuple[Column, Column, Column, Column], int]:
+def _cut(part: Rows, stop: int, block_size: int, room: int, *, is_first: bool) -> tuple[Rows, int]:
     """The rows of the leading blocks that fit into `room` (of the first batch: at least one block), and where they end."""
     block = part[0] // block_size
     last = int(block[room]) if room > 0 else int(block[0])  # the first block that does not fit as a whole

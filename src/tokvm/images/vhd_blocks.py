@@ -34,6 +34,7 @@ from tokvm.images.vhd_structs import (
 )
 
 Bits = npt.NDArray[np.uint8]
+Rows = tuple[Column, Column, Column, Column]  # offset, length, kind, file_offset
 Region = tuple[str, int, int]  # a structure of the file: what it is, its first byte, the byte after its last
 
 
@@ -116,32 +117,39 @@ class BlockTable:
         sector = int(self.start[block]) // SECTOR
         return bad_field(name, bat_offset + 4 * block, f"BAT[{block}]", f"sector {sector:#x}", allowed)
 
-    def rows(self, blocks: Column, bitmaps: Bits) -> tuple[Column, Column, Column, Column]:
+    def rows(self, blocks: Column, bitmaps: Bits) -> Rows:
         """(offset, length, kind, file_offset) of these blocks, whose bitmaps are the rows of `bitmaps`; ascending.
 
         What is ABSENT has no row. The last block of the disk may reach over its end; the caller clips.
         """
-        used = -(-self.sectors // 8)
-        bits = bitmaps[:, :used]
-        whole = np.full(1, 0xFF, np.uint8) if self.sectors % 8 == 0 else np.packbits(np.ones(self.sectors, np.uint8))
-        full = np.all(bits == whole, axis=1)
-        if full.all():
-            return self._whole_blocks(blocks)
-        head, length, value = bitmap_runs(bits, self.sectors)
-        clear = ExtentKind.ZERO if self.kind is DiskType.DYNAMIC else ExtentKind.ABSENT
-        kind = np.where(value, int(ExtentKind.DATA), int(clear))
-        if clear is ExtentKind.ABSENT:
-            head, length, kind = head[value], length[value], kind[value]
-        row, sector = np.divmod(head, self.sectors)
-        inside = sector * SECTOR
-        block = blocks[row]
-        file_offset = self.start[block] + self.bitmap_bytes + inside
-        return block * self.block_size + inside, length * SECTOR, kind, file_offset
+        bits = bitmaps[:, : -(-self.sectors // 8)]
+        full = np.all(bits == np.packbits(np.ones(self.sectors, np.uint8)), axis=1)
+        clear = ~np.any(bits, axis=1)
+        mixed = ~(full | clear)
+        parts = [self._whole(blocks[full], ExtentKind.DATA), self._whole(blocks[clear], self._clear_kind)]
+        if mixed.any():
+            parts.append(self._runs(blocks[mixed], bits[mixed]))
+        at, length, kind, file_offset = (np.concatenate(column) for column in zip(*parts, strict=True))
+        order = np.argsort(at, kind="stable")
+        order = order[kind[order] != ExtentKind.ABSENT]
+        return at[order], length[order], kind[order], file_offset[order]
 
-    def _whole_blocks(self, blocks: Column) -> tuple[Column, Column, Column, Column]:
-        kind = np.full(len(blocks), int(ExtentKind.DATA), np.int64)
-        length = np.full(len(blocks), self.block_size, np.int64)
-        return blocks * self.block_size, length, kind, self.start[blocks] + self.bitmap_bytes
+    @property
+    def _clear_kind(self) -> ExtentKind:
+        """What a clear bit means."""
+        return ExtentKind.ZERO if self.kind is DiskType.DYNAMIC else ExtentKind.ABSENT
+
+    def _whole(self, blocks: Column, kind: ExtentKind) -> Rows:
+        """Blocks whose bits are all the same: nothing to unpack."""
+        same = np.full(len(blocks), self.block_size, np.int64), np.full(len(blocks), int(kind), np.int64)
+        return blocks * self.block_size, *same, self.start[blocks] + self.bitmap_bytes
+
+    def _runs(self, blocks: Column, bits: Bits) -> Rows:
+        head, length, value = bitmap_runs(bits, self.sectors)
+        kind = np.where(value, int(ExtentKind.DATA), int(self._clear_kind))
+        row, sector = np.divmod(head, self.sectors)
+        inside, block = sector * SECTOR, blocks[row]
+        return block * self.block_size + inside, length * SECTOR, kind, self.start[block] + self.bitmap_bytes + inside
 
 
 def bitmap_runs(bits: Bits, sectors: int) -> tuple[Column, Column, npt.NDArray[np.bool_]]:

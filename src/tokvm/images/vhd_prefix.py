@@ -13,11 +13,10 @@ from tokvm.core.units import MiB
 from tokvm.images.stream_cursor import StreamCursor
 from tokvm.images.vhd_blocks import BlockTable, structures_of
 from tokvm.images.vhd_structs import (
-    FOOTER_COOKIE,
     FOOTER_SIZE,
     HEADER_SIZE,
     MAX_SPARSE_SIZE,
-    POISON_COOKIE,
+    NULL_ID,
     DiskType,
     DynamicHeader,
     Footer,
@@ -59,12 +58,15 @@ class Prefix:
         return self.order[int(np.searchsorted(ends, position, side="right")) :]
 
 
-def read_prefix(cursor: StreamCursor, name: str, expect_size: int | None) -> Prefix:
+def fixed_prefix(size: int) -> Prefix:
+    """Of a fixed disk, whose stream begins with the guest's first byte: nothing is read, the caller knows the size."""
+    footer = Footer(DiskType.FIXED, size, NULL_ID)
+    return Prefix(footer, f"vhd-fixed-{size}", None, None, np.empty(0, np.int64), size)
+
+
+def read_prefix(cursor: StreamCursor, name: str) -> Prefix:
     """Read up to the BAT's end (and the batmap's header, where there is one), or ImageError."""
     raw = cursor.read_bytes(FOOTER_SIZE, "the footer's copy")
-    if raw[:8] not in (FOOTER_COOKIE, POISON_COOKIE) and expect_size is not None:
-        cursor.push_back(raw)
-        return _fixed(expect_size)
     footer = Footer.parse(raw, name=name, offset=0)
     if footer.type is DiskType.FIXED:
         raise bad_field(name, 60, "footer disk type", "2 (fixed)", "3 or 4 in a stream that begins with a footer")
@@ -88,11 +90,6 @@ def read_prefix(cursor: StreamCursor, name: str, expect_size: int | None) -> Pre
     end = int(table.start[order[-1]]) + table.bitmap_bytes + table.block_size if len(order) else cursor.position
     parent = header.parent_id if footer.type is DiskType.DIFFERENCING else None
     return Prefix(footer, _fingerprint(footer, header, parent, bat), table, None if parent is None else str(parent), order, end)
-
-
-def _fixed(size: int) -> Prefix:
-    footer = Footer(DiskType.FIXED, size, UUID(int=0))
-    return Prefix(footer, f"vhd-fixed-{size}", None, None, np.empty(0, np.int64), size)
 
 
 def _read_header(cursor: StreamCursor, name: str, footer: Footer, raw: bytearray) -> tuple[DynamicHeader, bytearray]:

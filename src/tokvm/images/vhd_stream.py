@@ -11,7 +11,8 @@ Nothing is sought: the BAT must come before the blocks. Only the prefix and one 
 the footer at its end was read, nothing follows it, and the sender says that it is done; a short stream with a clean exit is
 an error. Bits decide: DATA where set; clear is ZERO in a dynamic disk, ABSENT in a differencing one (no chunk).
 
-A fixed VHD has its footer at the end only. Its stream is read when the caller knows the size: all of it is DATA.
+A fixed VHD has its footer at the end only: its stream is read when the caller says so and knows the size; all of it is DATA.
+It is never guessed: whatever does not begin with a footer (an error page, a flipped bit) is refused before the first chunk.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from tokvm.images.buffers import SharedBuffer, page_offset
 from tokvm.images.raw import linear_map
 from tokvm.images.stream_cursor import StreamCursor
 from tokvm.images.vhd_blocks import BlockTable
-from tokvm.images.vhd_prefix import Prefix, read_prefix
-from tokvm.images.vhd_structs import FOOTER_SIZE, Footer, bad_field
+from tokvm.images.vhd_prefix import Prefix, fixed_prefix, read_prefix
+from tokvm.images.vhd_structs import FOOTER_SIZE, DiskType, Footer, bad_field
 
 _MAX_SLACK = 64 * KiB  # between the last block and the footer: Windows pads to 4 KiB
 _MAX_TAIL = 16 * MiB  # the same where there are no blocks: locators and batmap
@@ -43,6 +44,14 @@ class StreamKind(Enum):
 
     BASE = "base"
     DIFFERENCING = "differencing"
+    FIXED = "fixed"
+
+
+_WANTED = {
+    StreamKind.BASE: (DiskType.DYNAMIC, "a whole disk (dynamic)"),
+    StreamKind.DIFFERENCING: (DiskType.DIFFERENCING, "a delta over the previous snapshot (differencing)"),
+    StreamKind.FIXED: (DiskType.FIXED, "a fixed disk whose size is known"),
+}
 
 
 class VhdStream:
@@ -65,7 +74,7 @@ class VhdStream:
         self.name = name
         self._open_at = open_at
         self._pool = pool or BufferPool()
-        self._expect_size = expect_size
+        self._fixed_size = expect_size if expect_parent is StreamKind.FIXED else None
         self._cursor: StreamCursor | None = None
         self._prefix = self._read_prefix()
         try:
@@ -126,7 +135,7 @@ class VhdStream:
         self.close()
         self._cursor = StreamCursor(self._open_at(0), self.name, 0)
         try:
-            return read_prefix(self._cursor, self.name, self._expect_size)
+            return read_prefix(self._cursor, self.name) if self._fixed_size is None else fixed_prefix(self._fixed_size)
         except BaseException:
             self.close()
             raise
@@ -134,10 +143,9 @@ class VhdStream:
     def _check_expected(self, size: int | None, kind: StreamKind | None) -> None:
         if size is not None and size != self.size:
             raise bad_field(self.name, 48, "footer current size", self.size, f"{size}, which the host states")
-        found = StreamKind.BASE if self.parent_identity is None else StreamKind.DIFFERENCING
-        if kind not in (None, found):
-            asked = "a delta over the previous snapshot" if kind is StreamKind.DIFFERENCING else "a whole disk"
-            raise bad_field(self.name, 60, "footer disk type", f"{self._prefix.footer.type.name.lower()}", asked)
+        type_, asked = self._prefix.footer.type, None if kind is None else _WANTED[kind]
+        if asked is not None and type_ is not asked[0]:
+            raise bad_field(self.name, 60, "footer disk type", type_.name.lower(), asked[1])
 
     def _cursor_for(self, position: int) -> StreamCursor:
         """A stream that is known to have our prefix, open at or before the block of `position`. The caller closes it."""

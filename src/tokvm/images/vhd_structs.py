@@ -77,23 +77,6 @@ def bitmap_size(block_size: int) -> int:
     return round_up(-(-block_size // SECTOR // 8), SECTOR)
 
 
-def chs_geometry(size: int) -> tuple[int, int, int]:
-    """(cylinders, heads, sectors per track) as the specification's appendix computes them, rounded down."""
-    total = min(size // SECTOR, 65535 * 16 * 255)
-    if total >= 65535 * 16 * 63:
-        return total // (16 * 255), 16, 255
-    sectors = 17
-    cylinder_heads = total // sectors
-    heads = max((cylinder_heads + 1023) // 1024, 4)
-    if cylinder_heads >= heads * 1024 or heads > 16:
-        sectors, heads = 31, 16
-        cylinder_heads = total // sectors
-    if cylinder_heads >= heads * 1024:
-        sectors, heads = 63, 16
-        cylinder_heads = total // sectors
-    return cylinder_heads // heads, heads, sectors
-
-
 @dataclass(frozen=True, slots=True)
 class Footer:
     """A footer whose cookie, checksum and values were checked. Sizes in bytes."""

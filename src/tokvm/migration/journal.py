@@ -32,9 +32,10 @@ from tokvm.migration.records import MigrationRecord
 log = logging.getLogger(__name__)
 
 BUSY_S = 30.0
+PAGE = 4096
 REPAIR = (
     "nothing was changed; move journal.db, journal.db-wal and journal.db-shm away (or restore them from a backup), look at "
-    "both hosts with `tokvm ls` and `virsh list --all` before anything is started, and sync again: the hypervisors are the truth"
+    "both hosts with `tokvm ls` and `virsh list --all` before anything is started, and sync again: they are the truth"
 )
 
 
@@ -53,8 +54,8 @@ class Journal:
         path = Path(state_dir) / "journal.db"
         connection: sqlite3.Connection | None = None
         try:
-            if not path.exists():
-                path.touch(mode=0o600)
+            _refuse_cut(path)
+            path.touch(mode=0o600)
             connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None)
             journal = cls(path, connection, wall)
             journal._prepare()
@@ -73,6 +74,7 @@ class Journal:
         version, ours = run("PRAGMA user_version").fetchone()[0], run("PRAGMA application_id").fetchone()[0]
         if (version, ours) not in ((0, 0), (schema.VERSION, schema.APPLICATION_ID)):
             raise JournalError(f"this is no journal of this tokvm (version {version})", where=str(self.path), fix=REPAIR)
+        run(f"PRAGMA page_size = {PAGE}")
         run("PRAGMA journal_mode = WAL")
         run("PRAGMA synchronous = FULL")
         run("PRAGMA foreign_keys = ON")
@@ -201,6 +203,16 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _refuse_cut(path: Path) -> None:
+    """SQLite takes a file that is shorter than a page for a new one; ours is one only when nothing was ever locked here."""
+    wal = path.with_name(path.name + "-wal")
+    size = path.stat().st_size if path.exists() else 0
+    if size >= PAGE or (wal.exists() and wal.stat().st_size):
+        return
+    if size or any(path.parent.glob("[0-9a-f]" * 8 + ".lock")):
+        raise JournalError(f"the journal was cut to {size} bytes", where=str(path), fix=REPAIR)
 
 
 def _statements(script: str) -> list[str]:

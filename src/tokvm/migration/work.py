@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from tokvm.core.errors import BudgetExceeded, ConnectionLost
+from tokvm.core.machine import VirtualMachine
 from tokvm.core.units import format_duration
+from tokvm.domain.base import DomainPlan
 from tokvm.migration.book import Book
 from tokvm.migration.doors import Doors, now, seconds_since
 from tokvm.migration.phases import Event, Phase
@@ -16,6 +19,7 @@ from tokvm.migration.records import DowntimePart, MigrationRecord
 log = logging.getLogger(__name__)
 
 TRIES = 3
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +37,21 @@ class CutoverOptions:
 
 
 class Work:
-    """One run on one migration."""
+    """One run on one migration.
+
+    What this run asked before the stop is not asked again in the downtime (each `xe` call costs a good part of a second):
+    vm: as surveyed by this run. just_proved: the last thing this run did was to see the source off and fenced.
+    start_sent_here: every start of this cutover was sent by this run, so it knows what came of each.
+    """
 
     def __init__(self, book: Book, doors: Doors, options: CutoverOptions | None = None) -> None:
         self.book = book
         self.doors = doors
         self.options = options or CutoverOptions()
         self.start_sent_here = False
+        self.just_proved = False
+        self.vm: VirtualMachine | None = None
+        self._plan: DomainPlan | None = None
         begun = book.record()
         self.id, self.uuid, self.name, self.owner = begun.id, begun.vm_uuid, begun.name, begun.owner
         self.mark_prefix = begun.mark_prefix
@@ -65,6 +77,12 @@ class Work:
         log.info("migration %s of %r: %s", self.id, self.name, text)
         self.book.note(text)
         self.doors.observer.note(text)
+
+    def plan(self) -> DomainPlan:
+        """The domain, worked out once in a run."""
+        if self._plan is None:
+            self._plan = self.doors.plan()
+        return self._plan
 
     def sleep(self, seconds: float) -> None:
         self.doors.clock.sleep(seconds)
@@ -115,6 +133,16 @@ class Work:
         )
 
     # ---- replies that get lost
+
+    def ask(self, question: Callable[[str], T]) -> T:
+        """The answer to a question about the VM, asked again when a reply is lost. For reads only."""
+        for _ in range(TRIES - 1):
+            try:
+                return question(self.uuid)
+            except ConnectionLost as lost:
+                log.warning("migration %s: reply lost: %s", self.id, lost.what)
+                self.sleep(self.options.poll_s)
+        return question(self.uuid)
 
     def insist(self, act: Callable[[], None], done: Callable[[], bool]) -> None:
         """Do it; when the reply is lost ask whether it was done, else do it again (a few times)."""

@@ -24,6 +24,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -103,19 +104,16 @@ class _Spawner:
 
     def __call__(self, make: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
         self._ensure_thread()
-        answer: queue.SimpleQueue[subprocess.Popen[bytes] | OSError] = queue.SimpleQueue()
+        answer: Future[subprocess.Popen[bytes]] = Future()
 
         def work() -> None:
             try:
-                answer.put(make())
-            except OSError as exc:
-                answer.put(exc)
+                answer.set_result(make())
+            except BaseException as exc:  # noqa: BLE001 - the caller raises it; without an answer it would wait for ever
+                answer.set_exception(exc)
 
         self._wanted.put(work)
-        made = answer.get()
-        if isinstance(made, OSError):
-            raise made
-        return made
+        return answer.result()
 
     def _ensure_thread(self) -> None:
         with self._lock:

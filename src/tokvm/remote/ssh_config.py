@@ -154,7 +154,9 @@ def quote(args: Sequence[str]) -> str:
     """A command line that a POSIX shell takes apart into exactly `args`, byte for byte."""
     if any("\0" in arg for arg in args):
         raise UsageError("a command's argument cannot hold a NUL byte", where=repr(args[0]) if args else "")
-    return shlex.join(args)
+    line = shlex.join(args)
+    # To a shell an unquoted `a=b` in front is an assignment, not a command.
+    return f"'{args[0]}'{line[len(args[0]) :]}" if args and "=" in args[0] and line.startswith(args[0]) else line
 
 
 def command_bytes(line: str) -> bytes:

@@ -32,7 +32,7 @@ class RawFile(Medium):
     @classmethod
     def create(cls, path: str, *, size: int) -> RawFile:
         """A new sparse file of `size` bytes, mode 0600; UnsafeTarget when anything is there already."""
-        _refuse_pseudo(path)
+        refuse_pseudo(path)
         try:
             fd = os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError as exc:
@@ -77,6 +77,18 @@ class RawFile(Medium):
         except BaseException:
             os.close(fd)
             raise
+
+    @staticmethod
+    def probe(path: str, *, consent: Consent) -> None:
+        """UnsafeTarget when `open` would refuse the file; nothing is changed."""
+        try:
+            fd = os.open(path, _FLAGS)
+        except OSError as exc:
+            raise _cannot_open(path, exc) from exc
+        try:
+            _check(path, fd, expect=None, consent=consent)
+        finally:
+            os.close(fd)
 
     def _zero_range(self, offset: int, length: int) -> None:
         """A hole where the filesystem can punch one; else unwritten blocks, which read as zeros too."""
@@ -152,7 +164,7 @@ def _holds_nothing(fd: int) -> bool:
     return False
 
 
-def _refuse_pseudo(path: str) -> None:
+def refuse_pseudo(path: str) -> None:
     """A mistyped device name must not become a file in memory."""
     real = str(Path(path).parent.resolve()) + "/"
     if real.startswith(_PSEUDO) and not real.startswith("/dev/shm/"):

@@ -119,6 +119,13 @@ class Sshd:
             pids.kill(member)
         return len(family)
 
+    def also_at(self, port: int) -> None:
+        """Let clients find the same host behind another port (a proxy's)."""
+        name = f"[{self.host}]:{port} "
+        if name not in self.known_hosts.read_text():
+            with self.known_hosts.open("a") as file:
+                file.write(f"{name}{self.host_public_key}\n")
+
     def new_host_key(self) -> None:
         """The host was installed anew (or is another one): same address, other key; known_hosts keeps the old one."""
         self.stop()

@@ -27,7 +27,6 @@ from tokvm.images.vhd_structs import (
     Footer,
     Locator,
     bitmap_size,
-    chs_geometry,
 )
 
 Bytes = bytes | bytearray | memoryview
@@ -97,6 +96,23 @@ def runs_of(extents: Iterable[tuple[int, int]], read: Callable[[int, int], Bytes
     for offset, length in extents:
         for at in range(offset, offset + length, limit):
             yield at, read(at, min(limit, offset + length - at))
+
+
+def chs_geometry(size: int) -> tuple[int, int, int]:
+    """(cylinders, heads, sectors per track) as the specification's appendix computes them, rounded down."""
+    total = min(size // SECTOR, 65535 * 16 * 255)
+    if total >= 65535 * 16 * 63:
+        return total // (16 * 255), 16, 255
+    sectors = 17
+    cylinder_heads = total // sectors
+    heads = max((cylinder_heads + 1023) // 1024, 4)
+    if cylinder_heads >= heads * 1024 or heads > 16:
+        sectors, heads = 31, 16
+        cylinder_heads = total // sectors
+    if cylinder_heads >= heads * 1024:
+        sectors, heads = 63, 16
+        cylinder_heads = total // sectors
+    return cylinder_heads // heads, heads, sectors
 
 
 def _checked(runs: Iterable[Run], size: int) -> Iterator[tuple[int, memoryview]]:

@@ -21,7 +21,7 @@ def claim(work: Work) -> None:
 
 def survey(work: Work) -> VirtualMachine:
     """The VM as it is now. A disk that grew is noted down; one that came, went or shrank is Blocked."""
-    vm = work.doors.source.inspect(work.uuid)
+    vm = work.ask(work.doors.source.inspect)
     known = {disk.key: disk for disk in work.book.disks()}
     found = {disk.key: disk for disk in vm.disks}
     if known.keys() != found.keys():
@@ -42,4 +42,5 @@ def survey(work: Work) -> VirtualMachine:
         if disk.size > before.size:
             work.note(f"disk {before.index} grew from {format_bytes(before.size)} to {format_bytes(disk.size)}")
             work.book.disk_size(before.index, disk.size)
+    work.vm = vm
     return vm

@@ -1,11 +1,11 @@
-"""Freeze: snapshots of ours on the source. Intended in the journal before one is made, found again by its mark after a crash."""
+"""Freeze: our snapshots on the source. Each is intended in the journal first, and found again by its mark after a crash."""
 
 from __future__ import annotations
 
 import logging
 
-from tokvm.core.errors import ConnectionLost, SourceError
-from tokvm.core.machine import VirtualMachine
+from tokvm.core.errors import Blocked, ConnectionLost, SourceError
+from tokvm.core.machine import Snapshot, VirtualMachine
 from tokvm.migration.records import PassKind, SnapshotRecord, SnapshotState
 from tokvm.migration.rounds import Round, newest_done, rounds_of, unfinished
 from tokvm.migration.work import TRIES, Work
@@ -13,7 +13,7 @@ from tokvm.migration.work import TRIES, Work
 log = logging.getLogger(__name__)
 
 KEPT = 8
-"""Removing a snapshot of a running VM makes XenServer coalesce its parent while we read: ours stay until the end, up to here."""
+"""Removing a snapshot of a running VM makes XenServer coalesce its parent as we read: ours stay until the end, up to here."""
 
 
 def freeze(work: Work, vm: VirtualMachine, kind: PassKind) -> SnapshotRecord:
@@ -33,6 +33,10 @@ def make(work: Work, vm: VirtualMachine, intended: SnapshotRecord) -> SnapshotRe
             log.warning("migration %s: reply to snapshot %s lost: %s", work.id, intended.mark, lost.what)
             work.sleep(work.options.poll_s)
     work.book.snapshot_made(intended.number, snapshot)
+    missing = {disk.key for disk in work.book.disks()} - snapshot.disks.keys()
+    if missing:
+        what = f"the snapshot {intended.mark} lacks the disk {sorted(missing)[0]}"
+        raise Blocked(what, where=work.name, fix="were the VM's disks changed? `tokvm check` shows them")
     return next(one for one in work.book.snapshots() if one.number == intended.number)
 
 
@@ -40,15 +44,22 @@ def reconcile(work: Work) -> None:
     """Compare the journal's snapshots with the source's: adopt what was made but not written down, void what is gone."""
     there = {snapshot.mark: snapshot for snapshot in work.doors.source.snapshots(work.uuid, work.mark_prefix)}
     for record in work.book.snapshots():
-        if record.state is SnapshotState.INTENDED and record.mark in there:
-            work.book.snapshot_made(record.number, there[record.mark])
-        elif (record.state is SnapshotState.INTENDED and record.kind is PassKind.FINAL) or (record.state is SnapshotState.MADE and record.mark not in there):
-            work.book.snapshot_removed(record.number)
+        _settle(work, record, there.get(record.mark))
     rounds = rounds_of(work.book)
     base = newest_done(rounds)
     if base is not None and base.snapshot.state is SnapshotState.REMOVED:
         work.note(f"snapshot {base.snapshot.mark} is gone from the source: the disks are copied anew")
         work.book.void_passes()
+
+
+def _settle(work: Work, record: SnapshotRecord, found: Snapshot | None) -> None:
+    match record.state, found:
+        case SnapshotState.INTENDED, Snapshot():
+            work.book.snapshot_made(record.number, found)
+        case SnapshotState.INTENDED, None if record.kind is PassKind.FINAL:
+            work.book.snapshot_removed(record.number)
+        case SnapshotState.MADE, None:
+            work.book.snapshot_removed(record.number)
 
 
 def since_of(work: Work) -> Round | None:

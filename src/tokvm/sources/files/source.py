@@ -8,9 +8,9 @@ r"""Image files that are already here, as a Source without power control: the wo
        tokvm sync …   the final delta; then start the target by hand
 
 The whole chain is listed every time, base first. Exactly these paths are opened: where an image says that its parent lies is
-never followed. A disk is known by the id of its lowest layer (VHD: the footer's unique id). A "snapshot" is a mark on the layer that was the
-top at that time (`marks.py`), so a delta is the layers above the one that was copied last. Nobody can stop, fence or start a VM
-that is not known here: those methods refuse. VHD chains for now; `tokvm image convert` does the same without a journal.
+never followed. A disk is known by the id of its lowest layer (VHD: the footer's unique id). A "snapshot" is a mark on the layer
+that was the top at that time (`marks.py`), so a delta is the layers above the one that was copied last. Nobody can stop, fence
+or start a VM that is not known here: those methods refuse. VHD chains for now; `tokvm image convert` works without a journal.
 """
 
 from __future__ import annotations

@@ -148,7 +148,7 @@ def sr_values(xe: Xe, disks: list[tuple[str, str]], names: list[str]) -> dict[st
 
 def _nics(xe: Xe, vm: str) -> tuple[Nic, ...]:
     listing: Command = ("vif-list", f"vm-uuid={vm}")
-    rows = xe.table(listing, ["device", "MAC", "network-name-label"])
+    rows = xe.table(listing, ["MAC", "network-name-label"], key="device")
     ordered = sorted(rows, key=lambda row: xe.number(row["device"], (*listing, "params=device"), least=0, most=_MOST_DEVICES))
     return tuple(Nic(index, _mac(xe, row, listing), row["network-name-label"]) for index, row in enumerate(ordered))
 

@@ -2,7 +2,7 @@
 
     value:   xe vm-param-get uuid=U param-name=P          one value and a newline; the value may hold newlines itself
     column:  xe vbd-list vm-uuid=U params=P --minimal     one parameter of all rows, `,` between them, `\\,` and `\\\\` escaped
-    table:   uuid, then the columns, then uuid again      rows come in the same order as long as no row came or went
+    table:   a key column, the others, the key again      rows come in the same order as long as no row came or went
 
 xe's long format is never read: in it a name with a newline looks like another parameter. Several parameters with --minimal
 print only the first. Answers are bytes from outside: undecodable ones survive as surrogates and go back out as the same bytes.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -129,15 +129,16 @@ class Xe:
         text = self.ask(*command)
         return self._split(command, text) if text else []
 
-    def table(self, listing: Command, names: Sequence[str]) -> list[Row]:
-        """Rows with `uuid` and `names`. Read anew when rows came or went meanwhile; SourceError when that does not end."""
+    def table(self, listing: Command, names: Sequence[str], *, key: str = "uuid") -> list[Row]:
+        """Rows with `key`, which no two rows share, and `names`. Read anew when rows came or went meanwhile; SourceError when
+        that does not end."""
         for attempt in range(_TABLE_TRIES):
             if attempt:
                 time.sleep(_TABLE_WAIT_S)
-            uuids = self.column(listing, "uuid")
-            rows = self._rows(listing, uuids, names)
-            if rows is not None and self.column(listing, "uuid") == uuids:
-                return rows
+            keys = self.column(listing, key)
+            rows = self._match(keys, self._columns(listing, names), names) if keys else []
+            if rows is not None and self.column(listing, key) == keys:
+                return self._keyed(listing, key, keys, rows)
         raise self.confused((*listing, "--minimal"), "the columns do not belong together; rows keep coming and going")
 
     def fixed_table(self, listing: Command, names: Sequence[str]) -> list[Row]:
@@ -145,19 +146,16 @@ class Xe:
         for attempt in range(_TABLE_TRIES):
             if attempt:
                 time.sleep(_TABLE_WAIT_S)
-            answers = self._columns(listing, ["uuid", *names])
-            rows = self._match(answers[0], answers[1:], names)
+            uuids, *columns = self._columns(listing, ["uuid", *names])
+            rows = self._match(uuids, columns, names)
             if rows is not None:
-                return [{**row, "uuid": uuid} for row, uuid in zip(rows, self._uuids(listing, answers[0]), strict=True)]
+                return self._keyed(listing, "uuid", uuids, rows)
         raise self.confused((*listing, "--minimal"), "the columns have different numbers of rows")
 
-    def _rows(self, listing: Command, uuids: list[str], names: Sequence[str]) -> list[Row] | None:
-        if not uuids:
-            return []
-        rows = self._match(uuids, self._columns(listing, names), names)
-        if rows is None:
-            return None
-        return [{**row, "uuid": uuid} for row, uuid in zip(rows, self._uuids(listing, uuids), strict=True)]
+    def _keyed(self, listing: Command, key: str, keys: list[str], rows: list[Row]) -> list[Row]:
+        if key == "uuid" and rows:
+            keys = [self.uuid(one, (*listing, "params=uuid", "--minimal")) for one in keys]
+        return [{**row, key: one} for row, one in zip(rows, keys if rows else [], strict=True)]
 
     def _columns(self, listing: Command, names: Sequence[str]) -> list[list[str]]:
         commands = [(*listing, f"params={name}", "--minimal") for name in names]
@@ -165,19 +163,13 @@ class Xe:
         return [self._split(command, text) for command, text in zip(commands, answers, strict=True)]
 
     @staticmethod
-    def _match(uuids: list[str], columns: list[list[str]], names: Sequence[str]) -> list[Row] | None:
+    def _match(keys: list[str], columns: list[list[str]], names: Sequence[str]) -> list[Row] | None:
         """Rows, or None when the columns differ in length. An empty line is one empty value only where there is one row."""
-        if uuids in ([], [""]):
+        if keys == [""]:
             return [] if all(column == [""] for column in columns) else None
-        if any(len(column) != len(uuids) for column in columns):
+        if any(len(column) != len(keys) for column in columns):
             return None
         return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
-
-    def _uuids(self, listing: Command, uuids: list[str]) -> Iterator[str]:
-        if uuids == [""]:
-            return
-        for uuid in uuids:
-            yield self.uuid(uuid, (*listing, "params=uuid", "--minimal"))
 
     def _split(self, command: Command, text: str) -> list[str]:
         try:

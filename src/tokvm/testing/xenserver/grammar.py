@@ -69,6 +69,7 @@ RULES = (
     _rule("vdi-export", "uuid=<uuid>", "format=vhd", "filename="),
     _rule("vdi-export", "uuid=<uuid>", "format=vhd", "base=<base>", "filename="),
     _rule("snapshot-uninstall", "uuid=<uuid>", "force=true"),
+    _rule("vdi-destroy", "uuid=<uuid>"),
     _rule("vm-param-add", "uuid=<uuid>", "param-name=other-config", "(?P<key>tokvm-owner)=(?P<value>.+)"),
     _rule("vm-param-remove", "uuid=<uuid>", "param-name=(?P<param>other-config)", "param-key=(?P<key>tokvm-owner|tokvm-fence)"),
     _rule("vm-param-remove", "uuid=<uuid>", "param-name=(?P<param>blocked-operations)", f"param-key=(?P<key>{BLOCK_KEY})"),

@@ -46,13 +46,10 @@ class Persona:
         self.store.append("commands.log", {"pid": os.getpid(), "command": line})
         code = 1
         try:
-            try:
-                command = grammar.parse(line)
-            except NotInContract as error:
-                self.store.append("violations", {"command": line, "why": error.text})
-                raise
-            code = self._with_faults(command, faults.take(self.store, line))
+            code = self._with_faults(grammar.parse(line), faults.take(self.store, line))
         except XeError as error:
+            if isinstance(error, NotInContract):
+                self.store.append("violations", {"command": line, "why": error.text})
             with contextlib.suppress(OSError):
                 os.write(2, (error.text + "\n").encode("utf-8", "surrogateescape"))
             code = error.code
@@ -123,6 +120,8 @@ class Persona:
                 return snapshots.take_snapshot(self.store, self.power, uuid, values["label"])
             case "snapshot-uninstall":
                 snapshots.uninstall(self.store, self.power, uuid)
+            case "vdi-destroy":
+                snapshots.destroy_orphan(self.store, self.power, uuid)
             case "vm-start":
                 self.power.start(uuid)
             case "vm-shutdown":

@@ -6,9 +6,9 @@ import time
 import uuid
 
 from tokvm.testing import pids
-from tokvm.testing.xenserver.errors import api_error, no_such
+from tokvm.testing.xenserver.errors import NotInContract, api_error, no_such
 from tokvm.testing.xenserver.power import Power
-from tokvm.testing.xenserver.records import find_vm
+from tokvm.testing.xenserver.records import find_vdi, find_vm
 from tokvm.testing.xenserver.state import HALTED, State, Store, Vbd, Vdi, Vm
 
 DETACH_POLL_S = 0.05
@@ -72,23 +72,39 @@ def in_use(vdi: Vdi) -> bool:
 
 
 def uninstall(store: Store, power: Power, snapshot: str) -> None:
-    """The snapshot with its disks, as long as none of them is attached to dom0 for an export."""
+    """First the VM record goes, then each disk that can be destroyed; one attached to dom0 stays behind without its
+    snapshot, and xe says so (xen-api, cli_operations.ml, vm_uninstall_common)."""
+    stuck = None
     with store.change() as state:
         vm = state["vms"].get(snapshot)
         if vm is None or not vm["snapshot_of"]:
             raise no_such("snapshot", snapshot)
-        disks = [state["vdis"][vbd["vdi"]] for vbd in vm["vbds"] if vbd["type"] == "Disk"]
-        for vdi in disks:
-            if in_use(vdi):
-                raise api_error("VDI_IN_USE", f"{vdi['uuid']} ({vdi['label']})", "destroy")
-        power.backend.drop(vm["snapshot_of"], snapshot)
-        for vdi in disks:
-            del state["vdis"][vdi["uuid"]]
-            _forget_exports(store, vdi["uuid"])
         del state["vms"][snapshot]
+        for vbd in vm["vbds"]:
+            vdi = state["vdis"].get(vbd["vdi"])
+            if vdi is not None and in_use(vdi):
+                stuck = stuck or vdi
+            elif vdi is not None:
+                _destroy(store, state, power, vdi)
         store.append("events.log", {"event": "uninstall", "snapshot": snapshot, "label": vm["name"]})
+    if stuck is not None:
+        raise api_error("VDI_IN_USE", f"{stuck['uuid']} ({stuck['label']})", "destroy")
 
 
-def _forget_exports(store: Store, vdi: str) -> None:
-    for file in store.path("exports").glob(f"*{vdi}*"):
+def destroy_orphan(store: Store, power: Power, uuid_: str) -> None:
+    """A frozen disk whose snapshot is gone already. Any other disk must never be destroyed: that is a violation."""
+    with store.change() as state:
+        vdi = find_vdi(state, uuid_)
+        if not vdi["frozen"] or vdi["frozen"] in state["vms"]:
+            raise NotInContract("vdi-destroy is only for a frozen disk that outlived its snapshot")
+        if in_use(vdi):
+            raise api_error("VDI_IN_USE", f"{uuid_} ({vdi['label']})", "destroy")
+        _destroy(store, state, power, vdi)
+
+
+def _destroy(store: Store, state: State, power: Power, vdi: Vdi) -> None:
+    del state["vdis"][vdi["uuid"]]
+    for file in store.path("exports").glob(f"*{vdi['uuid']}*"):
         file.unlink(missing_ok=True)
+    if not any((other["vm"], other["frozen"]) == (vdi["vm"], vdi["frozen"]) for other in state["vdis"].values()):
+        power.backend.drop(vdi["vm"], vdi["frozen"])

@@ -1,0 +1,60 @@
+"""Rollback: the target can never start any more, then the source runs again. Every part may run twice.
+
+stop target ─► undefine ─► seen absent ─► undo morph ─► no stop pending ─► unfence ─► start source ─► seen running
+"""
+
+from __future__ import annotations
+
+from tokvm.core.errors import DomainError, NotOff, SourceError
+from tokvm.core.machine import PowerState
+from tokvm.domain.base import DomainState
+from tokvm.migration.phases import Event
+from tokvm.migration.work import TRIES, Work
+
+
+def roll_back(work: Work) -> None:
+    """ROLLBACK_INTENT: to ROLLED_BACK."""
+    work.step("take the target away")
+    _remove_target(work)
+    if work.doors.morpher is not None:
+        work.doors.morpher.undo()
+    work.step("start the source")
+    _wait_for_late_stop(work)
+    source = work.doors.source
+    work.insist(lambda: source.unfence(work.uuid), lambda: not work.ask(source.is_fenced))
+    work.insist(lambda: source.start(work.uuid), lambda: work.ask(source.power) is PowerState.RUNNING)
+    _wait_until_it_runs(work)
+    work.advance(Event.SOURCE_BACK)
+
+
+def _remove_target(work: Work) -> None:
+    """A start that was sent may land at any moment until the domain is gone; one that landed has written to the disks."""
+    host = work.doors.host
+    for _ in range(TRIES):
+        if host.state(work.uuid) is DomainState.RUNNING:
+            work.book.void_passes()
+            host.stop(work.uuid)
+        host.undefine(work.uuid)
+        if host.state(work.uuid) is DomainState.ABSENT:
+            return
+    raise DomainError("the target cannot be removed, so the source is not started", where=work.name, fix=_again(work))
+
+
+def _wait_for_late_stop(work: Work) -> None:
+    until = work.doors.clock.monotonic() + work.options.settle_s
+    while work.ask(work.doors.source.stop_pending):
+        if work.doors.clock.monotonic() >= until:
+            raise NotOff("a stop of the source is still under way and may land late", where=work.name, fix=_again(work))
+        work.sleep(work.options.poll_s)
+
+
+def _wait_until_it_runs(work: Work) -> None:
+    until = work.doors.clock.monotonic() + work.options.settle_s
+    while work.ask(work.doors.source.power) is not PowerState.RUNNING:
+        if work.doors.clock.monotonic() >= until:
+            raise SourceError("the source does not start", where=work.name, fix=_again(work))
+        work.sleep(work.options.poll_s)
+
+
+def _again(work: Work) -> str:
+    return f"see to it, then run: tokvm rollback {work.id}"

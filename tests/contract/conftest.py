@@ -1,0 +1,122 @@
+"""Worlds that a Source is tried in: the same questions to each.
+
+xenserver: the real source, the real ssh, a real sshd, the XenServer persona behind it
+fake:      testing.fakes.FakeSource, which the cutover's tests rely on
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from tokvm.core.units import MiB
+from tokvm.remote.ssh import SshConfig, SshHost
+from tokvm.sources.base import Source
+from tokvm.sources.xenserver import power, snapshots
+from tokvm.sources.xenserver.source import XenServerSource
+from tokvm.testing.xenserver.host import DiskSpec, HostOptions, MachineSpec, NicSpec, XenHost, build_host
+
+SIZES = (8 * MiB, 3 * MiB + 512)
+NAME = "we,b\\1\n$(id) 'x'"
+
+
+class World(Protocol):
+    """A source with one running VM of two disks, and the hands of its guest."""
+
+    source: Source
+
+    @property
+    def vm(self) -> str:
+        """The VM's uuid."""
+        ...
+
+    def connect(self) -> Source:
+        """Another source object to the same host, as the next process would have."""
+        ...
+
+    def write(self, disk: int, offset: int, data: bytes) -> None: ...
+
+    def read(self, disk: int) -> bytes: ...
+
+    def foreign_snapshot(self) -> None:
+        """Somebody else's snapshot."""
+        ...
+
+    def snapshot_count(self) -> int: ...
+
+    def lose_reply(self, verb: str) -> None:
+        """The next `snapshot`, `start` or `stop` is done, but its answer is lost."""
+        ...
+
+    def ignore_shutdown(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class XenWorld:
+    """Implements World."""
+
+    def __init__(self, folder: Path) -> None:
+        disks = [DiskSpec(size) for size in SIZES]
+        nics = [NicSpec("02:16:3E:0A:0B:0C", "LAN, the\nfirst"), NicSpec("02:16:3e:0a:0b:0d")]
+        spec = MachineSpec(NAME, disks=disks, nics=nics, vcpus=2, description="-oProxyCommand=x")
+        self.host: XenHost = build_host(folder, machines=[spec], options=HostOptions())
+        self.sources: list[XenServerSource] = []
+        self.source: Source = self.connect()
+
+    @property
+    def vm(self) -> str:
+        return self.host.uuid(NAME)
+
+    def connect(self) -> XenServerSource:
+        sshd = self.host.sshd
+        config = SshConfig.parse(sshd.netloc, config_file=str(sshd.config_file), known_hosts=str(sshd.known_hosts))
+        self.sources.append(XenServerSource(SshHost(config)))
+        return self.sources[-1]
+
+    def write(self, disk: int, offset: int, data: bytes) -> None:
+        self.host.write_disk(NAME, disk, offset=offset, data=data)
+
+    def read(self, disk: int) -> bytes:
+        return self.host.read_disk(NAME, disk)
+
+    def foreign_snapshot(self) -> None:
+        made = self.host.run("xe", "vm-snapshot", f"uuid={self.vm}", "new-name-label=tokvm-x")
+        with self.host.edit() as state:
+            state["vms"][made.text]["name"] = "nightly, of\nsomebody"
+
+    def snapshot_count(self) -> int:
+        return len(self.host.snapshots(NAME))
+
+    def lose_reply(self, verb: str) -> None:
+        self.host.fault({"snapshot": "xe vm-snapshot", "start": "xe vm-start", "stop": "xe vm-shutdown"}[verb], "lost_reply")
+
+    def ignore_shutdown(self) -> None:
+        self.host.set_guest(NAME, ignores_shutdown=True)
+
+    def close(self) -> None:
+        for source in self.sources:
+            source.close()
+        self.host.close()
+
+
+@pytest.fixture
+def xen_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[XenWorld]:
+    """Waiting is shortened: the persona is quick."""
+    monkeypatch.setattr(power, "POLL_S", 0.05)
+    monkeypatch.setattr(snapshots, "POLL_S", 0.05)
+    made = XenWorld(tmp_path / "host")
+    try:
+        yield made
+        assert made.host.violations() == []
+    finally:
+        made.close()
+
+
+@pytest.fixture(params=["xenserver"])
+def world(request: pytest.FixtureRequest) -> World:
+    made: World = request.getfixturevalue("xen_world")
+    return made

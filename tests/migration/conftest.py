@@ -1,0 +1,111 @@
+"""A migration of a fake world, and the ways to kill it."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tokvm.migration.doors import Doors
+from tokvm.migration.journal import Journal
+from tokvm.migration.phases import Phase
+from tokvm.migration.runner import Migration
+from tokvm.testing.fakes import Death, FakeHost, FakeSource, FakeTarget, World, fake_plan
+from tokvm.transfer.checkpoint import PassLimits
+
+LIMITS = PassLimits(workers=1, checkpoint_bytes=2 * 8192, checkpoint_s=5.0, reseal_s=0.0)
+
+
+class DyingJournal(Journal):
+    """Dies before, or right after, the n-th transaction."""
+
+    die_at: int | None = None
+    after: bool = False
+    writes: int = 0
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        number = self.writes
+        self.writes += 1
+        if number == self.die_at and not self.after:
+            raise Death(f"before journal write {number}")
+        with super().transaction() as connection:
+            yield connection
+        if number == self.die_at and self.after:
+            raise Death(f"after journal write {number}")
+
+
+@dataclass
+class Rig:
+    """One world, one state directory; a new process (journal, doors, runner) for each run."""
+
+    path: Path
+    world: World
+    journals: list[DyingJournal] = field(default_factory=list)
+    proof: Callable[[], bool] | None = None
+    open_target: Callable[[int], FakeTarget] | None = None
+
+    def journal(self) -> DyingJournal:
+        for old in self.journals:
+            old.close()
+        self.journals = [DyingJournal.open(self.path, wall=self.world.clock.wall)]
+        return self.journals[0]
+
+    def begin(self) -> None:
+        targets = [f"/fake/target-{n}" for n in range(len(self.world.disks))]
+        self.journal().create(vm=self.world.machine(), source="fake://source", plan={}, targets=targets)
+
+    def migration(self, *, die_at: int | None = None, after: bool = False) -> Migration:
+        """As a new process finds it."""
+        journal = self.journal()
+        record = journal.migrations()[0]
+        doors = Doors(
+            source=FakeSource(self.world),
+            open_target=self.open_target or (lambda index: FakeTarget(self.world, index)),
+            host=FakeHost(self.world),
+            plan=lambda: fake_plan(self.world),
+            manifest_path=lambda number, disk: self.path / "manifests" / f"{number}-{disk}",
+            clock=self.world.clock,
+            proof=self.proof,
+            limits=LIMITS,
+        )
+        journal.die_at, journal.after, journal.writes = die_at, after, 0
+        return Migration(journal, record, doors)
+
+    @property
+    def phase(self) -> Phase:
+        return self.journals[0].migrations()[0].phase
+
+    def synced(self, passes: int = 2) -> Rig:
+        self.begin()
+        self.migration().sync(passes=passes)
+        return self
+
+    def close(self) -> None:
+        for journal in self.journals:
+            journal.close()
+
+
+@pytest.fixture
+def make_rig(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
+    """A new rig each time: `make_rig(disks=2)`."""
+    rigs: list[Rig] = []
+
+    def make(*, disks: int = 1, blocks: int = 16) -> Rig:
+        path = tmp_path / f"state-{len(rigs)}"
+        path.mkdir(mode=0o700)
+        rigs.append(Rig(path, World.make(disks=disks, blocks=blocks)))
+        return rigs[-1]
+
+    yield make
+    for rig in rigs:
+        rig.close()
+
+
+@pytest.fixture
+def rig(make_rig: Callable[..., Rig]) -> Rig:
+    return make_rig()
