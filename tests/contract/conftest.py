@@ -12,6 +12,7 @@ from typing import Protocol
 
 import pytest
 
+from tokvm.core.machine import Disk, VirtualMachine
 from tokvm.core.units import MiB
 from tokvm.remote.ssh import SshConfig, SshHost
 from tokvm.sources.base import Source
@@ -31,6 +32,10 @@ class World(Protocol):
     @property
     def vm(self) -> str:
         """The VM's uuid."""
+        ...
+
+    def described(self) -> VirtualMachine:
+        """What `inspect` says of uuid and disks, known without asking (asking over a real sshd takes a second)."""
         ...
 
     def connect(self) -> Source:
@@ -70,6 +75,10 @@ class XenWorld:
     @property
     def vm(self) -> str:
         return self.host.uuid(NAME)
+
+    def described(self) -> VirtualMachine:
+        disks = [Disk(index, self.host.vdi(NAME, index), size, device=str(index)) for index, size in enumerate(SIZES)]
+        return VirtualMachine(self.vm, NAME, 2, 1, tuple(disks))
 
     def connect(self) -> XenServerSource:
         sshd = self.host.sshd

@@ -118,6 +118,7 @@ def test_a_snapshot_while_it_writes_holds_all_that_was_acknowledged(
         if number:
             with (tmp_path / "delta.vhd").open("wb") as out:
                 vm.export_delta(0, f"s{number - 1}", f"s{number}", out)
+            assert (tmp_path / "delta.vhd").stat().st_size > 2 * MiB
             assert flatten([tmp_path / "delta.vhd"], older) == disk.read_bytes()
         older = disk.read_bytes()
 
@@ -132,6 +133,7 @@ def test_a_power_cut_loses_nothing_that_was_acknowledged(clock: OutsideClock, ne
     vm = new_vm("cut", clock_port=clock.port, write_rate=200_000)
     vm.power_on()
     first = clock.wait_ready("cut", timeout_s=BOOT_S)
+    vm.freeze("below")  # the guest now writes to a qcow2, whose tables QEMU holds in memory until the guest flushes
     clock.wait_acknowledged("cut", 10, timeout_s=60)
     pid = vm.qemu.pid()
     assert pid is not None

@@ -106,7 +106,7 @@ def _speed(connection: Connection, _plan: DomainPlan, accel: Accel) -> Iterator[
     if accel is Accel.TCG:
         yield Finding(
             Severity.WARNING,
-            "KVM does not work here: the VM would run under TCG, some ten times slower",
+            "KVM does not work here: the VM would run under TCG, which is much slower",
             "enable virtualisation in the firmware or the outer hypervisor",
             connection.uri,
         )

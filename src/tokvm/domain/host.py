@@ -40,11 +40,11 @@ class LibvirtHost:
         return self._connection.uri
 
     def accel(self) -> Accel:
-        """KVM where a guest came up under it; TCG, which is some ten times slower, where not."""
+        """KVM where a guest came up under it; TCG, which is much slower, where not."""
         if self._accel is None:
             self._accel = self._find_accel()
             if self._accel is Accel.TCG:
-                log.warning("%s: KVM does not work here; domains run under TCG, some ten times slower", self.url)
+                log.warning("%s: KVM does not work here; domains run under TCG, which is much slower", self.url)
         return self._accel
 
     def check(self, plan: DomainPlan) -> list[Finding]:

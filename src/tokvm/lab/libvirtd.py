@@ -1,7 +1,7 @@
 """A libvirt for the lab: one of our own beside whatever the host runs, needing neither systemd nor D-Bus nor a change in /etc.
 
-    root        unshare --mount ─► our folders bound over /etc/libvirt, /var/lib/libvirt, /var/cache/libvirt, /var/log/libvirt and
-                /run/libvirt ─► libvirtd --daemon        qemu+unix:///system?socket=<folder>/run/libvirt-sock
+    root        unshare --mount ─► our folders bound over /etc/libvirt, /var/{lib,cache,log}/libvirt and /run/libvirt
+                ─► libvirtd --daemon        qemu+unix:///system?socket=<folder>/run/libvirt-sock
     others      qemu:///session, which libvirt starts by itself
 
 Its QEMUs run as root without cgroups, private /dev or security labels, so that they open any disk root can, wherever it lies.

@@ -111,11 +111,13 @@ class QemuProcess:
     def end(self, *, patience_s: float = 0) -> None:
         """Wait that long for its end, then kill it."""
         deadline = time.monotonic() + patience_s
-        while (pid := self.pid()) is not None:
-            if time.monotonic() >= deadline:
-                log.warning("killing %s, pid %d", self.mark, pid)
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        while self.pid() is not None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if (pid := self.pid()) is not None:
+            log.info("killing %s, pid %d", self.mark, pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        while self.pid() is not None:
             time.sleep(0.02)
 
     def _intent(self) -> Intent:

@@ -58,7 +58,7 @@ def build_xenserver(folder: Path, machines: list[LabMachine], settings: LabSetti
         )
         for one in machines
     ]
-    options = HostOptions(backend=QEMU_BACKEND, site=True, in_use_s=0.5)
+    options = HostOptions(backend=QEMU_BACKEND, in_use_s=0.5)
     host = build_host(folder / "host", machines=specs, options=options, lifetime=Lifetime.OUTLIVES_US)
     for one in machines:
         _make_guest(folder, one, settings, clock_port=clock_port)

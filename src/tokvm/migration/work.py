@@ -135,7 +135,7 @@ class Work:
     # ---- replies that get lost
 
     def ask(self, question: Callable[[str], T]) -> T:
-        """The answer to a question about the VM, asked again when a reply is lost. For reads only."""
+        """The answer to a question about the VM, asked again when a reply is lost. For what may be asked twice."""
         for _ in range(TRIES - 1):
             try:
                 return question(self.uuid)

@@ -10,6 +10,10 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # importing it would cost every played command 10 ms
+    import subprocess
 
 PID_SUFFIX = ".pid"
 
@@ -40,6 +44,11 @@ def noted(path: Path) -> int | None:
     except (OSError, ValueError, IndexError):
         return None
     return pid if tick and start_tick(pid) == tick else None
+
+
+def disown(process: subprocess.Popen[bytes]) -> None:
+    """The process outlives us: subprocess need neither wait for it nor warn that nobody did."""
+    process.returncode = 0
 
 
 def ancestors(pid: int) -> list[int]:

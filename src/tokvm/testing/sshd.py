@@ -169,6 +169,9 @@ class Sshd:
         while process.poll() is None and time.monotonic() < until:
             if _answers(self.host, port):
                 pids.note(self.folder / "run", "sshd", process.pid)
+                if lifetime is Lifetime.OUTLIVES_US:
+                    pids.disown(process)
+                    self._process = None
                 return True
             time.sleep(0.01)
         process.kill()

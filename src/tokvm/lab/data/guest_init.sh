@@ -124,7 +124,10 @@ work() {
         [ $((at + blocks)) -gt $((work_kib / 4)) ] && at=0
         dd if=/dev/urandom of=/work bs=4096 count=$blocks seek=$at conv=notrunc,fsync 2>/dev/null
         at=$((at + blocks))
-        pause 1
+        for _ in 1 2 3 4 5 6 7 8 9 10; do
+            [ -e /run/stop ] && return
+            pause 0.1
+        done
     done
 }
 [ "$write_rate" -gt 0 ] && work &

@@ -10,7 +10,7 @@ from tokvm.migration.work import Work
 
 def claim(work: Work) -> None:
     """Put our mark on the VM, or find it there; Blocked names whose mark it is."""
-    holder = work.doors.source.claim(work.uuid, work.owner)
+    holder = work.ask(lambda uuid: work.doors.source.claim(uuid, work.owner))
     if holder != work.owner:
         raise Blocked(
             f"another tokvm migrates this VM: {holder}",

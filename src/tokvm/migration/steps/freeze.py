@@ -42,7 +42,7 @@ def make(work: Work, vm: VirtualMachine, intended: SnapshotRecord) -> SnapshotRe
 
 def reconcile(work: Work) -> None:
     """Compare the journal's snapshots with the source's: adopt what was made but not written down, void what is gone."""
-    there = {snapshot.mark: snapshot for snapshot in work.doors.source.snapshots(work.uuid, work.mark_prefix)}
+    there = {snapshot.mark: snapshot for snapshot in work.ask(lambda uuid: work.doors.source.snapshots(uuid, work.mark_prefix))}
     for record in work.book.snapshots():
         _settle(work, record, there.get(record.mark))
     rounds = rounds_of(work.book)
@@ -87,7 +87,7 @@ def remove(work: Work, snapshot: SnapshotRecord) -> None:
 
 def remove_all(work: Work) -> int:
     """Every snapshot of this migration, also those the journal did not get to know; how many there were."""
-    there = work.doors.source.snapshots(work.uuid, work.mark_prefix)
+    there = work.ask(lambda uuid: work.doors.source.snapshots(uuid, work.mark_prefix))
     for snapshot in there:
         work.doors.source.remove_snapshot(work.uuid, snapshot)
     for record in work.book.snapshots():

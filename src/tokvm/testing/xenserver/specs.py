@@ -56,7 +56,7 @@ class MachineSpec:
 
 @dataclass(frozen=True, slots=True)
 class HostOptions:
-    """How the host behaves; see state.Options. `site`: the persona needs installed packages (the lab's backend does)."""
+    """How the host behaves; see state.Options. `site`: the backend needs installed packages (which costs 50 ms a command)."""
 
     backend: str = FILE_BACKEND
     ha_delay_s: float = -1.0

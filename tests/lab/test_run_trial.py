@@ -1,0 +1,76 @@
+"""The whole thing: real guests, the real command, the outside clock."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tokvm.core.units import MiB
+from tokvm.lab import home as homes
+from tokvm.lab.run import down, run
+from tokvm.lab.settings import LabSettings
+from tokvm.lab.source_vm import SourceVm
+from tokvm.testing.xenserver.host import XenHost
+
+pytestmark = [pytest.mark.slow, pytest.mark.root, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    folder = tmp_path / "labs"
+    monkeypatch.setenv("TOKVM_LAB_DIR", str(folder))
+    yield folder
+    down()
+
+
+def test_a_running_guest_is_migrated_and_nothing_is_left_behind(root: Path) -> None:
+    said: list[str] = []
+    report = run(LabSettings(disk_size=96 * MiB, rtt_s=0.002, link_rate=200.0 * MiB), progress=said.append)
+    assert report.exit_code == 0, report.text
+    document = json.loads(json.dumps(report.document))
+    assert document["outcome"] == "migrated"
+    assert document["ledger"]["lost"] == 0
+    assert document["ledger"]["acknowledged"] >= 20
+    assert [one["kind"] for one in document["passes"]] == ["base", "delta", "delta", "final"]
+    assert document["target"]["root"].startswith("vda")
+    times = document["downtime_s"]
+    assert times["total"] == pytest.approx(sum(times[part] for part in ("stop", "delta", "start", "boot")), abs=0.01)
+    assert 0 < times["total"] < 600
+    assert list(root.iterdir()) == []
+    assert said
+
+
+def test_a_failed_migration_is_reported_as_failed_and_cleaned_up(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokvm.lab.trial.migrate_argv", lambda *_args, **_more: ["migrate", "--no-such-option"])
+    report = run(LabSettings(disk_size=64 * MiB))
+    assert report.exit_code == 1
+    assert report.document["outcome"] == "failed"
+    assert list(root.iterdir()) == []
+
+
+def test_a_lab_that_is_up_outlives_its_starter_and_goes_down(root: Path) -> None:
+    """`up` in a process that ends; the guest goes on and acknowledges; `down` in another."""
+    code = (
+        "from tokvm.lab.run import up; from tokvm.lab.settings import LabSettings;print(up(LabSettings(disk_size=64 << 20))[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=300)
+    place = Path(done.stdout.decode().strip())
+    record = homes.LabRecord.load(place)
+    host = XenHost(place / "host")
+    (name,) = record.machines.values()
+    assert host.is_running(name)
+    vm = SourceVm(place / "host" / "backend" / host.uuid(name))
+    pid = vm.qemu.pid()
+    assert pid is not None
+    assert down() == 1
+    assert vm.qemu.pid() is None
+    assert not Path(f"/proc/{pid}").exists()
+    assert list(root.iterdir()) == []
