@@ -12,12 +12,13 @@ from typing import Protocol
 
 import pytest
 
-from tokvm.core.machine import Disk, VirtualMachine
+from tokvm.core.machine import Disk, Snapshot, VirtualMachine
 from tokvm.core.units import MiB
 from tokvm.remote.ssh import SshConfig, SshHost
 from tokvm.sources.base import Source
 from tokvm.sources.xenserver import power, snapshots
 from tokvm.sources.xenserver.source import XenServerSource
+from tokvm.testing import fakes
 from tokvm.testing.xenserver.host import DiskSpec, HostOptions, MachineSpec, NicSpec, XenHost, build_host
 
 SIZES = (8 * MiB, 3 * MiB + 512)
@@ -28,6 +29,7 @@ class World(Protocol):
     """A source with one running VM of two disks, and the hands of its guest."""
 
     source: Source
+    name: str
 
     @property
     def vm(self) -> str:
@@ -63,6 +65,8 @@ class World(Protocol):
 
 class XenWorld:
     """Implements World."""
+
+    name = NAME
 
     def __init__(self, folder: Path) -> None:
         disks = [DiskSpec(size) for size in SIZES]
@@ -112,6 +116,50 @@ class XenWorld:
         self.host.close()
 
 
+class FakeWorld:
+    """Implements World. Its guest writes a block at every call, as long as it runs."""
+
+    name = "guest"
+
+    def __init__(self) -> None:
+        self.world = fakes.World.make(disks=2)
+        self.source: Source = self.connect()
+
+    @property
+    def vm(self) -> str:
+        return fakes.UUID
+
+    def described(self) -> VirtualMachine:
+        return self.world.machine()
+
+    def connect(self) -> Source:
+        return fakes.FakeSource(self.world)
+
+    def write(self, disk: int, offset: int, data: bytes) -> None:
+        self.world.disks[disk][offset : offset + len(data)] = data
+        self.world.writes += 1
+        for block in range(offset // fakes.BLOCK, -(-(offset + len(data)) // fakes.BLOCK)):
+            self.world.changed[disk][block] = self.world.writes
+
+    def read(self, disk: int) -> bytes:
+        return bytes(self.world.disks[disk])
+
+    def foreign_snapshot(self) -> None:
+        self.world.snapshots["nightly"] = (Snapshot("other", "nightly", {}), [], [])
+
+    def snapshot_count(self) -> int:
+        return len(self.world.snapshots)
+
+    def lose_reply(self, verb: str) -> None:
+        self.world.plan[self.world.calls] = fakes.Fault.LOSE_REPLY
+
+    def ignore_shutdown(self) -> None:
+        self.world.obeys = False
+
+    def close(self) -> None:
+        assert self.world.violations == []
+
+
 @pytest.fixture
 def xen_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[XenWorld]:
     """Waiting is shortened: the persona is quick."""
@@ -125,7 +173,9 @@ def xen_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[XenWo
         made.close()
 
 
-@pytest.fixture(params=["xenserver"])
+@pytest.fixture(params=["fake", pytest.param("xenserver", marks=pytest.mark.slow)])
 def world(request: pytest.FixtureRequest) -> World:
+    if request.param == "fake":
+        return FakeWorld()
     made: World = request.getfixturevalue("xen_world")
     return made

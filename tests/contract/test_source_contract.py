@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import pytest
-from tests.contract.conftest import NAME, SIZES, World
+from tests.contract.conftest import World, XenWorld
 
 from tokvm.core.disk import DiskReader
-from tokvm.core.errors import NotOff, UsageError
+from tokvm.core.errors import ConnectionLost, NotOff, SourceError, UsageError
 from tokvm.core.extents import ExtentKind
 from tokvm.core.machine import Disk, PowerState, Severity, Snapshot
 from tokvm.sources.base import Source
 
 PREFIX = "tokvm-ab12cd34-"
+T = TypeVar("T")
+
+
+def patiently(act: Callable[[], T]) -> T:
+    """A source may bridge a lost reply itself or raise; asked again, it does not do it twice."""
+    try:
+        return act()
+    except ConnectionLost:
+        return act()
 
 
 def copy(source: Source, disk: Disk, at: Snapshot, since: Snapshot | None, target: bytearray) -> int:
@@ -41,8 +53,8 @@ def test_a_source_is_one(world: World) -> None:
 
 def test_machines_are_found_by_name_and_uuid_byte_for_byte(world: World) -> None:
     machines = world.source.list_machines()
-    assert [(machine.uuid, machine.name, machine.power) for machine in machines] == [(world.vm, NAME, PowerState.RUNNING)]
-    assert world.source.find(NAME) == world.vm
+    assert [(machine.uuid, machine.name, machine.power) for machine in machines] == [(world.vm, world.name, PowerState.RUNNING)]
+    assert world.source.find(world.name) == world.vm
     assert world.source.find(world.vm) == world.vm
     with pytest.raises(UsageError):
         world.source.find("nobody")
@@ -50,10 +62,15 @@ def test_machines_are_found_by_name_and_uuid_byte_for_byte(world: World) -> None
 
 def test_a_machine_is_described(world: World) -> None:
     vm = world.source.inspect(world.vm)
-    assert (vm.uuid, vm.name, vm.vcpus, vm.power) == (world.vm, NAME, 2, PowerState.RUNNING)
+    assert (vm.uuid, vm.name, vm.vcpus, vm.power) == (world.vm, world.name, 2, PowerState.RUNNING)
     assert [(disk.index, disk.key, disk.size) for disk in vm.disks] == [
         (disk.index, disk.key, disk.size) for disk in world.described().disks
     ]
+
+
+@pytest.mark.slow
+def test_every_text_of_a_xen_machine_comes_through(xen_world: XenWorld) -> None:
+    vm = xen_world.source.inspect(xen_world.vm)
     assert [nic.mac for nic in vm.nics] == ["02:16:3e:0a:0b:0c", "02:16:3e:0a:0b:0d"]
     assert vm.nics[0].network == "LAN, the\nfirst"
     assert vm.description == "-oProxyCommand=x"
@@ -78,14 +95,14 @@ def test_the_first_claim_wins(world: World) -> None:
 
 def test_base_and_deltas_are_the_disk_at_that_moment(world: World) -> None:
     source, vm = world.source, world.described()
-    targets = [bytearray(size) for size in SIZES]
+    targets = [bytearray(b"old" * disk.size)[: disk.size] for disk in vm.disks]
     before: Snapshot | None = None
     for number in range(1, 4):
         for disk in vm.disks:
             world.write(disk.index, 512 * number, bytes([number]) * 1024)
-            world.write(disk.index, SIZES[disk.index] - 512, bytes([number]) * 512)
-        frozen = [world.read(disk.index) for disk in vm.disks]
+            world.write(disk.index, disk.size - 512, bytes([number]) * 512)
         now = source.snapshot(vm, f"{PREFIX}{number}")
+        frozen = [world.read(disk.index) for disk in vm.disks]
         world.write(0, 0, bytes([0xEE]) * 512)  # too late for this one
         counts = [copy(source, disk, now, before, targets[disk.index]) for disk in vm.disks]
         assert [bytes(target) for target in targets] == frozen
@@ -106,7 +123,7 @@ def pieces(reader: DiskReader, position: int) -> list[tuple[int, bytes, int]]:
 def test_a_reader_goes_on_from_any_position(world: World) -> None:
     source, vm = world.source, world.described()
     for block in range(4):
-        world.write(0, block << 21, bytes([block + 1]) * 4096)
+        world.write(0, block * (vm.disks[0].size // 4), bytes([block + 1]) * 4096)
     at = source.snapshot(vm, f"{PREFIX}1")
     reader = source.open_disk(vm.disks[0], at, None)
     fingerprint = reader.fingerprint
@@ -130,7 +147,7 @@ def test_a_mark_makes_one_snapshot(world: World) -> None:
 def test_a_lost_reply_makes_one_snapshot(world: World) -> None:
     vm = world.described()
     world.lose_reply("snapshot")
-    snapshot = world.source.snapshot(vm, f"{PREFIX}1")
+    snapshot = patiently(lambda: world.source.snapshot(vm, f"{PREFIX}1"))
     assert world.snapshot_count() == 1
     assert world.source.snapshots(world.vm, PREFIX) == [snapshot]
 
@@ -164,19 +181,19 @@ def test_it_stops_and_starts_and_both_witnesses_see_it(world: World) -> None:
 
 def test_lost_replies_to_stop_and_start(world: World) -> None:
     world.lose_reply("stop")
-    world.source.shut_down(world.vm, deadline_s=20, force=False)
+    patiently(lambda: world.source.shut_down(world.vm, deadline_s=20, force=False))
     assert world.source.off_evidence(world.vm).proved is True
     world.lose_reply("start")
-    world.source.start(world.vm)
+    patiently(lambda: world.source.start(world.vm))
     assert world.source.power(world.vm) is PowerState.RUNNING
 
 
 def test_a_guest_that_ignores_us_keeps_running_unless_forced(world: World) -> None:
     world.ignore_shutdown()
     with pytest.raises(NotOff):
-        world.source.shut_down(world.vm, deadline_s=1, force=False)
+        world.source.shut_down(world.vm, deadline_s=3, force=False)
     assert world.source.power(world.vm) is PowerState.RUNNING
-    world.source.shut_down(world.vm, deadline_s=1, force=True)
+    world.source.shut_down(world.vm, deadline_s=3, force=True)
     assert world.source.off_evidence(world.vm).proved is True
 
 
@@ -187,7 +204,7 @@ def test_a_fence_holds_and_goes(world: World) -> None:
     source.fence(world.vm, "tokvm: again")
     assert world.connect().is_fenced(world.vm) is True
     source.shut_down(world.vm, deadline_s=20, force=False)
-    with pytest.raises(Exception, match="block"):
+    with pytest.raises(SourceError, match="block"):
         source.start(world.vm)
     assert source.power(world.vm) is PowerState.OFF
     source.unfence(world.vm)
@@ -199,12 +216,12 @@ def test_a_fence_holds_and_goes(world: World) -> None:
 
 def test_the_last_delta_of_a_vm_that_is_off(world: World) -> None:
     source, vm = world.source, world.described()
-    target = bytearray(SIZES[0])
+    target = bytearray(vm.disks[0].size)
     world.write(0, 0, b"a" * 512)
     first = source.snapshot(vm, f"{PREFIX}1")
     copy(source, vm.disks[0], first, None, target)
     source.shut_down(world.vm, deadline_s=20, force=False)
-    world.write(0, 4096, b"last words" * 51 + b"..")
+    world.write(0, 8192, b"last words" * 51 + b"..")
     source.fence(world.vm, "tokvm")
     last = source.snapshot(vm, f"{PREFIX}final-2")
     copy(source, vm.disks[0], last, first, target)

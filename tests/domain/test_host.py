@@ -64,7 +64,7 @@ def test_it_is_a_domain_host(target: LibvirtHost, libvirtd: Libvirtd) -> None:
 
 def test_a_libvirt_that_is_not_there_is_explained(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(DomainError, match="cannot connect") as caught:
-        LibvirtHost(f"qemu+unix:///system?socket={tmp_path}/none")
+        LibvirtHost(f"qemu+unix:///system?socket={tmp_path}/none").reach()
     assert "libvirtd" in caught.value.fix
     assert capfd.readouterr() == ("", "")
 
@@ -72,7 +72,7 @@ def test_a_libvirt_that_is_not_there_is_explained(tmp_path: Path, capfd: pytest.
 def test_a_missing_binding_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "libvirt", None)
     with pytest.raises(DomainError, match="binding") as caught:
-        LibvirtHost()
+        LibvirtHost().reach()
     assert "python3-libvirt" in caught.value.fix
 
 

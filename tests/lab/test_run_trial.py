@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from tokvm.lab import home as homes
 from tokvm.lab.run import down, run
 from tokvm.lab.settings import LabSettings
 from tokvm.lab.source_vm import SourceVm
+from tokvm.testing import pids
 from tokvm.testing.xenserver.host import XenHost
 
 pytestmark = [pytest.mark.slow, pytest.mark.root, pytest.mark.timeout(900)]
@@ -72,5 +74,43 @@ def test_a_lab_that_is_up_outlives_its_starter_and_goes_down(root: Path) -> None
     assert pid is not None
     assert down() == 1
     assert vm.qemu.pid() is None
-    assert not Path(f"/proc/{pid}").exists()
+    assert pids.wait_gone(pid)
     assert list(root.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_is_killed_leaves_nothing_that_down_does_not_find(root: Path, number: signal.Signals) -> None:
+    """SIGKILL: `down` finds it all. SIGTERM, as the command line handles it: the run takes itself down."""
+    code = (
+        "import signal, sys\n"
+        "def stop(*_): raise KeyboardInterrupt\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "from tokvm.lab.run import run; from tokvm.lab.settings import LabSettings\n"
+        "run(LabSettings(disk_size=64 << 20), progress=lambda text: print(text, flush=True))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if b": tokvm migrate" in line:
+                break
+        (place,) = homes.all_homes()
+        host = XenHost(place / "host")
+        (name,) = homes.LabRecord.load(place).machines.values()
+        qemu = SourceVm(place / "host" / "backend" / host.uuid(name)).qemu.pid()
+        process.send_signal(number)
+        process.stdout.read()
+        assert process.wait(timeout=60) != 0
+    if number is signal.SIGKILL:
+        assert place.exists()
+        assert down() == 1
+    assert list(root.iterdir()) == []
+    assert qemu is not None
+    assert pids.wait_gone(qemu)
+    assert [str(file) for file in Path("/proc").glob("[0-9]*/cmdline") if str(place).encode() in read_if_there(file)] == []
+
+
+def read_if_there(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""

@@ -127,12 +127,12 @@ def make_synced(fast_dir: Path) -> Iterator[Callable[[], Rig]]:
 
 
 @pytest.fixture
-def make_rig(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
+def make_rig(fast_dir: Path) -> Iterator[Callable[..., Rig]]:
     """A new rig each time: `make_rig(disks=2)`."""
     rigs: list[Rig] = []
 
     def make(*, disks: int = 1, blocks: int = 16) -> Rig:
-        path = tmp_path / f"state-{len(rigs)}"
+        path = fast_dir / f"state-{len(rigs)}"
         path.mkdir(mode=0o700)
         rigs.append(Rig(path, World.make(disks=disks, blocks=blocks)))
         return rigs[-1]

@@ -308,7 +308,7 @@ def test_a_source_that_is_gone_leaves_one_command(make_synced: MakeSynced) -> No
 
 def test_a_downtime_predicted_too_long_stops_nothing(make_synced: MakeSynced) -> None:
     rig = make_synced()
-    with pytest.raises(BudgetExceeded, match="not stopped"):
+    with pytest.raises(BudgetExceeded, match="was not stopped"):
         rig.migration().cutover(**OPTIONS, budget_s=1.0)
     assert rig.phase is Phase.COPY
     assert acts(rig) == []
@@ -332,7 +332,7 @@ def test_a_downtime_over_the_budget_rolls_back(make_synced: MakeSynced, call: st
 def test_a_stop_that_took_long_once_is_foreseen(make_synced: MakeSynced) -> None:
     rig = make_synced()
     rig.world.always = {"shut_down": Fault.STALL}
-    with pytest.raises(BudgetExceeded, match="rolled back|goes on"):
+    with pytest.raises(BudgetExceeded, match="goes on"):
         rig.migration().cutover(**OPTIONS, budget_s=50.0)
     rig.world.log.clear()
     with pytest.raises(BudgetExceeded, match=r"stop 1 min|stop \d+"):
@@ -399,13 +399,14 @@ def test_no_proof_asked_for_is_no_commit(make_synced: MakeSynced) -> None:
 def test_a_rollback_after_the_target_ran_makes_the_next_sync_a_base(make_synced: MakeSynced) -> None:
     rig = make_synced()
     rig.migration().cutover(**OPTIONS)
+    rig.world.loss_accepted = True
     rig.migration().rollback(accept_data_loss=True)
     assert rig.world.source_on
     with pytest.raises(UsageError, match="sync"):
         rig.migration().cutover(**OPTIONS)
     report = rig.migration().sync(passes=1)
     assert [one.kind for one in report.passes] == ["base"]
-    rig.world.target_ever_ran = False
+    rig.world.target_ever_ran = rig.world.loss_accepted = False
     rig.migration().cutover(**OPTIONS)
     assert rig.world.violations == []
 

@@ -44,6 +44,11 @@ NOT_IN_THE_CONTRACT = [
     f"set -o pipefail; xe vdi-export uuid={U} format=vhd filename= | tail -c 5",
     f"set -o pipefail; xe vm-start uuid={U} | tail -c +5",
     f"set -o pipefail; xe vdi-export uuid={U} format=vhd filename= | gzip | tail -c +5",
+    f"xe vm-start uuid={U}; printf '\\0%d\\0' $?",
+    f"xe vif-list vm-uuid={U} params=MAC --minimal; printf '\\0%d\\0' $?; reboot",
+    f"; xe vif-list vm-uuid={U} params=MAC --minimal; printf '\\0%d\\0' $?",
+    f"reboot; printf '\\0%d\\0' $?; xe vif-list vm-uuid={U} params=MAC --minimal; printf '\\0%d\\0' $?",
+    f"xe vif-list vm-uuid={U} params=MAC --minimal; printf '%d' $?",
 ]
 
 
@@ -85,6 +90,17 @@ def test_minimal_escapes_commas_and_backslashes(build: Callable[..., XenHost]) -
     line = "xe vm-list is-control-domain=false is-a-template=false is-a-snapshot=false params=name-label --minimal"
     listed = host.run(line=line)
     assert listed.text == "a\\,b,c\\\\d"
+
+
+def test_several_reads_in_one_line_have_their_exit_codes_behind_them(host: XenHost) -> None:
+    uuid = host.uuid("web")
+    reads = [f"xe vm-param-get uuid={uuid} param-name={name}" for name in ("name-label", "power-state")]
+    reads.insert(1, f"xe vm-param-get uuid={uuid} param-name=other-config param-key=tokvm-owner")
+    answer = host.run(line="; ".join(f"{read}; printf '\\0%d\\0' $?" for read in reads))
+    assert (answer.code, answer.stdout) == (0, b"web\n\x000\x00\x001\x00running\n\x000\x00")
+    assert answer.stderr == b"Error: Key tokvm-owner not found in map\n"
+    assert host.commands() == reads
+    assert host.violations() == []
 
 
 def test_an_empty_list_is_an_empty_line(host: XenHost) -> None:

@@ -86,3 +86,12 @@ def test_everything_is_logged(host: XenHost, ssh: Ssh) -> None:
     ssh(host, "xe host-list")
     assert host.commands() == [line, "xe host-list"]
     assert [record["command"] for record in host.violations()] == ["xe host-list"]
+
+
+def test_a_defect_of_the_persona_itself_is_seen(host: XenHost) -> None:
+    with host.edit() as state:
+        state["options"]["backend"] = "tokvm.testing.xenserver.backend:NoSuchBackend"
+    answer = host.run(line=snapshot_line(host))
+    assert answer.code == 1
+    assert b"internal error" in answer.stderr
+    assert "the persona itself failed" in str(host.violations()[0]["why"])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +62,27 @@ def test_cut_connections_break_and_new_ones_work(sshd: Sshd) -> None:
         sshd.cut_connections()
         assert client.wait(timeout=10) == 255
     assert ssh(sshd, "true").returncode == 0
+
+
+def test_frozen_connections_are_silent_but_alive_and_can_thaw(sshd: Sshd) -> None:
+    line = "while echo tick; do sleep 0.02; done"
+    argv = ["ssh", "-F", str(sshd.config_file), "-p", str(sshd.port), f"{sshd.user}@{sshd.host}", line]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as client:
+        assert client.stdout is not None
+        assert client.stdout.readline() == b"tick\n"
+        assert sshd.freeze_connections() > 0
+        time.sleep(0.2)
+        os.set_blocking(client.stdout.fileno(), False)
+        with contextlib.suppress(BlockingIOError):
+            os.read(client.stdout.fileno(), 1 << 20)
+        time.sleep(0.3)
+        with pytest.raises(BlockingIOError):
+            os.read(client.stdout.fileno(), 1)
+        assert client.poll() is None
+        sshd.thaw_connections()
+        os.set_blocking(client.stdout.fileno(), True)
+        assert os.read(client.stdout.fileno(), 4) == b"tick"
+        client.kill()
 
 
 @pytest.mark.parametrize(("lifetime", "survives"), [(Lifetime.WITH_US, False), (Lifetime.OUTLIVES_US, True)])

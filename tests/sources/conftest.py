@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -12,6 +13,7 @@ from tokvm.remote.process import Completed
 from tokvm.remote.ssh import RemoteCommandError
 from tokvm.sources.xenserver import power, snapshots, xe
 from tokvm.sources.xenserver.source import XenServerSource
+from tokvm.sources.xenserver.xe import DIVIDER
 
 VM = "11111111-1111-4111-8111-111111111111"
 DISK = "dddddddd-0000-4000-8000-000000000000"
@@ -53,6 +55,16 @@ class ScriptedHost:
         words = tuple(args[1:])
         self.log.append(words)
         return Completed(0, (self._answer(words) + "\n").encode("utf-8", "surrogateescape"), b"")
+
+    def run_line(self, command: str, *, timeout_s: float = 60.0, check: bool = True) -> Completed:
+        """A batch: what fails has an exit code and no answer; a connection that breaks takes all of it down."""
+        output = b""
+        for one in command.split(f"; {DIVIDER}")[:-1]:
+            try:
+                output += self.run(shlex.split(one.removeprefix("; ")), timeout_s=timeout_s).stdout + b"\0" + b"0" + b"\0"
+            except RemoteCommandError as failed:
+                output += b"\0%d\0" % failed.code
+        return Completed(0, output, b"")
 
     def _answer(self, words: Words) -> str:
         waiting = self.script.get(words)

@@ -139,15 +139,15 @@ def test_a_file_system_without_marks_still_copies(tmp_path: Path, monkeypatch: p
 
 
 def test_several_disks(tmp_path: Path) -> None:
-    disks = [Layers(tmp_path, "a"), Layers(tmp_path, "b")]
-    for number, disk in enumerate(disks):
-        disk.add((number * 512, b"x" * 512))
-        disk.add((number * 1024, b"y" * 512))
-    source = FilesSource([disk.paths for disk in disks])
+    chains = [Layers(tmp_path, "a"), Layers(tmp_path, "b")]
+    for number, layers in enumerate(chains):
+        layers.add((number * 512, b"x" * 512))
+        layers.add((number * 1024, b"y" * 512))
+    source = FilesSource([layers.paths for layers in chains])
     vm = source.inspect(source.find("a-0"))
     assert [(disk.index, disk.size, disk.bootable) for disk in vm.disks] == [(0, SIZE, True), (1, SIZE, False)]
     snapshot = source.snapshot(vm, f"{MARK}1")
-    for disk, layers in zip(vm.disks, disks, strict=True):
+    for disk, layers in zip(vm.disks, chains, strict=True):
         target = bytearray(SIZE)
         apply(source.open_disk(disk, snapshot, None), target)
         assert target == layers.disk

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.sources.conftest import LOST, SNAPSHOT, SR, UUID_INVALID, VM, ScriptedHost, refusal
 
 from tokvm.core.errors import ConnectionLost, SourceError, UsageError
-from tokvm.remote.process import ProgramError
+from tokvm.remote.process import Completed, ProgramError
 from tokvm.sources.xenserver.faults import Fault, XenServerError, explain
 from tokvm.sources.xenserver.source import XenServerSource
 from tokvm.sources.xenserver.xe import split_minimal
@@ -169,3 +169,15 @@ def test_names_that_are_not_unique_list_their_uuids(host: ScriptedHost, source: 
     assert source.find(SNAPSHOT.upper()) == SNAPSHOT
     with pytest.raises(UsageError, match="no VM 'nobody'"):
         source.find("nobody")
+
+
+@pytest.mark.parametrize(
+    "output",
+    [b"", b"running\n\x000\x00", b"a\x00b\n\x000\x00" * 3, "a\0²\0".encode() * 3, b"a\x000\x00" * 4, b"a\x000\x00" * 3 + b"x"],
+)
+def test_a_batch_whose_answers_do_not_match_its_questions_is_refused(
+    host: ScriptedHost, source: XenServerSource, monkeypatch: pytest.MonkeyPatch, output: bytes
+) -> None:
+    monkeypatch.setattr(host, "run_line", lambda *_args, **_options: Completed(0, output, b""))
+    with pytest.raises(SourceError, match="answers to 3 questions"):
+        source.off_evidence(VM)

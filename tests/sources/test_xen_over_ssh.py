@@ -16,6 +16,8 @@ from tokvm.sources.xenserver import power, snapshots
 from tokvm.sources.xenserver.source import XenServerSource
 from tokvm.testing.xenserver.host import DiskSpec, HostOptions, MachineSpec, XenHost, build_host
 
+pytestmark = pytest.mark.slow
+
 SIZE = 8 * MiB
 MARK = "tokvm-ab12cd34-"
 
@@ -24,7 +26,7 @@ MARK = "tokvm-ab12cd34-"
 def xen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[XenHost]:
     monkeypatch.setattr(power, "POLL_S", 0.05)
     monkeypatch.setattr(snapshots, "POLL_S", 0.05)
-    options = HostOptions(ha_delay_s=0.0, in_use_s=1.0)
+    options = HostOptions(ha_delay_s=0.0, in_use_s=4.0)
     with build_host(tmp_path / "host", machines=[MachineSpec("web", disks=[DiskSpec(SIZE)])], options=options) as host:
         yield host
         assert host.violations() == []
@@ -34,7 +36,7 @@ def xen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[XenHost]:
 def over_ssh(xen: XenHost) -> Iterator[XenServerSource]:
     sshd = xen.sshd
     config = SshConfig.parse(
-        sshd.netloc, config_file=str(sshd.config_file), known_hosts=str(sshd.known_hosts), progress_deadline_s=2.0
+        sshd.netloc, config_file=str(sshd.config_file), known_hosts=str(sshd.known_hosts), progress_deadline_s=6.0
     )
     source = XenServerSource(SshHost(config))
     yield source
@@ -59,6 +61,15 @@ def read(reader: DiskReader, target: bytearray, position: int = 0) -> int:
     finally:
         reader.close()
     return reached
+
+
+def read_all(source: XenServerSource, disk: Disk, at: Snapshot) -> None:
+    reader = source.open_disk(disk, at, None)
+    try:
+        for chunk in reader.chunks():
+            chunk.release()
+    finally:
+        reader.close()
 
 
 def fill(xen: XenHost) -> None:
@@ -99,14 +110,9 @@ def test_a_stream_that_ends_badly_is_never_taken_for_whole(
     if kind == "http_500":
         xen.fault("vdi-export", "http_500")
     else:
-        xen.fault("vdi-export", kind, at=3 * MiB)  # type: ignore[arg-type]
+        xen.fault("vdi-export", kind, at=3 * MiB)
     with pytest.raises(error) as caught:
-        reader = over_ssh.open_disk(vm.disks[0], at, None)
-        try:
-            for chunk in reader.chunks():
-                chunk.release()
-        finally:
-            reader.close()
+        read_all(over_ssh, vm.disks[0], at)
     assert "127.0.0.1" in str(caught.value)
 
 
@@ -115,7 +121,7 @@ def test_a_full_disk_in_place_of_a_delta_is_refused(xen: XenHost, over_ssh: XenS
     first = over_ssh.snapshot(vm, f"{MARK}1")
     second = over_ssh.snapshot(vm, f"{MARK}2")
     xen.fault("vdi-export", "full")
-    with pytest.raises(ImageError, match="full disk without a parent"):
+    with pytest.raises(ImageError, match="differencing"):
         over_ssh.open_disk(vm.disks[0], second, first)
 
 
@@ -128,20 +134,21 @@ def test_a_base_that_is_gone_is_a_refusal_with_the_command(xen: XenHost, over_ss
 
 
 def test_a_snapshot_in_use_by_an_export_is_removed_a_little_later(xen: XenHost, over_ssh: XenServerSource) -> None:
-    """dom0 detaches the disk a second after the export (`in_use_s`)."""
+    """dom0 detaches the disk some seconds after the export (`in_use_s`)."""
     vm = machine(xen)
     at = over_ssh.snapshot(vm, f"{MARK}1")
     read(over_ssh.open_disk(vm.disks[0], at, None), bytearray(SIZE))
     over_ssh.remove_snapshot(vm.uuid, at)
     assert xen.snapshots("web") == []
-    assert sum("snapshot-uninstall" in command for command in xen.commands()) >= 2
+    assert list(xen.state()["vdis"]) == [vm.disks[0].key]
+    assert any("vdi-destroy" in command for command in xen.commands())
 
 
-def test_a_shutdown_given_up_at_the_deadline_is_seen_to_be_pending_and_lands(xen: XenHost, over_ssh: XenServerSource) -> None:
+def test_a_shutdown_given_up_at_the_deadline_is_seen_to_be_pending(xen: XenHost, over_ssh: XenServerSource) -> None:
     uuid = xen.uuid("web")
-    xen.set_guest("web", shutdown_s=8.0)
+    xen.set_guest("web", shutdown_s=60.0)
     with pytest.raises(NotOff):
-        over_ssh.shut_down(uuid, deadline_s=1.0, force=False)
+        over_ssh.shut_down(uuid, deadline_s=5.0, force=False)
     assert over_ssh.stop_pending(uuid)
     assert not over_ssh.off_evidence(uuid).proved
 

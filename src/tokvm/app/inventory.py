@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
-from tokvm.app.plan import DEFAULT_LIBVIRT, SshOptions, TargetChoice, choose_targets, pairs
+from tokvm.app.plan import Plan, Request, SshOptions, TargetChoice, domain_plan, new_plan
 from tokvm.app.sources import open_source
 from tokvm.app.targets import spec_of
 from tokvm.core.errors import Blocked, DomainError, TargetError
@@ -59,17 +59,27 @@ def list_machines(url: str, ssh: SshOptions, note: Note) -> list[MachineSummary]
         return sorted(source.list_machines(), key=lambda machine: (machine.name, machine.uuid))
 
 
-def check(
-    url: str, name: str, ssh: SshOptions, to: list[str], overwrite: list[str], libvirt: str | None, note: Note
-) -> CheckReport:
+def check(url: str, name: str, request: Request, note: Note) -> CheckReport:
     """Everything that can be known before the first byte: the VM's own blockers, the targets, the libvirt."""
-    with reached(url, ssh, note) as source:
+    with reached(url, request.ssh, note) as source:
         vm = source.inspect(source.find(name))
         findings = list(source.check(vm))
-    targets = choose_targets(vm, to, pairs(overwrite, "--overwrite")) if to else ()
-    findings += check_targets(vm, targets)
-    findings += _check_libvirt(libvirt or DEFAULT_LIBVIRT, needed=libvirt is not None)
-    return CheckReport(vm, targets, tuple(findings))
+        plan = new_plan(source.url, vm, request) if request.to else None
+    if plan is not None:
+        findings += [*check_targets(vm, plan.targets), *check_libvirt(vm, plan)]
+    return CheckReport(vm, () if plan is None else plan.targets, tuple(findings))
+
+
+def check_libvirt(vm: VirtualMachine, plan: Plan) -> list[Finding]:
+    """What would keep libvirt from running it. No libvirt at all is a warning: the disks can be copied without."""
+    host = LibvirtHost(plan.libvirt)
+    try:
+        host.reach()
+        return host.check(domain_plan(vm, plan))
+    except DomainError as error:
+        return [Finding(Severity.WARNING, f"{error.what} (a cutover needs it, a sync does not)", error.fix, error.where)]
+    finally:
+        host.close()
 
 
 def check_targets(vm: VirtualMachine, targets: Sequence[TargetChoice]) -> list[Finding]:
@@ -81,12 +91,3 @@ def check_targets(vm: VirtualMachine, targets: Sequence[TargetChoice]) -> list[F
         except TargetError as error:
             findings.append(Finding(Severity.BLOCKER, error.what, error.fix, error.where or choice.path))
     return findings
-
-
-def _check_libvirt(url: str, *, needed: bool) -> list[Finding]:
-    try:
-        LibvirtHost(url).close()
-    except DomainError as error:
-        severity = Severity.BLOCKER if needed else Severity.WARNING
-        return [Finding(severity, f"libvirt cannot be reached: {error.what}", error.fix, url)]
-    return []

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tokvm.core.errors import UsageError
 from tokvm.core.machine import DiskBus, VirtualMachine
+from tokvm.domain.base import DomainPlan, TargetDisk
 
 DEFAULT_LIBVIRT = "qemu:///system"
 
@@ -56,6 +57,42 @@ class Plan:
             raise UsageError("the stored plan has another shape", fix="it was written by another version of tokvm")
         known["bus"] = DiskBus(str(known.get("bus", DiskBus.VIRTIO_BLK)))
         return cls(ssh=SshOptions(**ssh), targets=tuple(TargetChoice(**t) for t in targets), **known)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What `sync` and `migrate` were told. What is None or empty keeps what the migration began with."""
+
+    ssh: SshOptions = field(default_factory=SshOptions)
+    to: list[str] = field(default_factory=list)
+    overwrite: dict[str, str] = field(default_factory=dict)
+    networks: dict[str, str] = field(default_factory=dict)
+    libvirt: str | None = None
+    domain: str | None = None
+    machine: str | None = None
+    bus: DiskBus | None = None
+    rate_limit: float | None = None
+
+
+def new_plan(source_url: str, vm: VirtualMachine, request: Request) -> Plan:
+    """A migration's first plan, with the defaults for what was not said."""
+    return Plan(
+        source=source_url,
+        targets=choose_targets(vm, request.to, request.overwrite),
+        ssh=request.ssh,
+        networks=request.networks,
+        libvirt=request.libvirt or DEFAULT_LIBVIRT,
+        machine=request.machine or "q35",
+        bus=request.bus or DiskBus.VIRTIO_BLK,
+        domain=request.domain or "",
+        rate_limit=request.rate_limit,
+    )
+
+
+def domain_plan(vm: VirtualMachine, plan: Plan) -> DomainPlan:
+    """What libvirt is told. A target that is not there yet counts as the file it will be."""
+    disks = tuple(TargetDisk(choice.path, block=Path(choice.path).is_block_device(), bus=plan.bus) for choice in plan.targets)
+    return DomainPlan(vm, plan.domain or vm.name, disks, plan.networks, plan.machine)
 
 
 def safe_name(name: str) -> str:

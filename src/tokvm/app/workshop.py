@@ -6,22 +6,21 @@ Workshop.resume(NAME) ─────────────────┴─�
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 from tokvm.app.inventory import check_targets, reached
-from tokvm.app.plan import DEFAULT_LIBVIRT, Plan, SshOptions, choose_targets
+from tokvm.app.plan import Plan, Request, domain_plan, new_plan
 from tokvm.app.probe import proof_of
 from tokvm.app.state import default_state_dir, manifest_path, prepare_state_dir
 from tokvm.app.targets import spec_of
 from tokvm.core.disk import DiskWriter
-from tokvm.core.errors import Blocked, TargetError, UsageError
-from tokvm.core.machine import DiskBus, Finding, Severity, VirtualMachine
-from tokvm.domain.base import DomainPlan, TargetDisk
+from tokvm.core.errors import Blocked, UsageError
+from tokvm.core.machine import Finding, Severity, VirtualMachine
+from tokvm.domain.base import DomainPlan
 from tokvm.domain.host import LibvirtHost
 from tokvm.migration.doors import Doors, Observer
 from tokvm.migration.journal import Journal
@@ -32,21 +31,6 @@ from tokvm.migration.runner import Migration, status_of
 from tokvm.sources.base import Source
 from tokvm.targets.open import open_target
 from tokvm.transfer.checkpoint import PassLimits
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What `sync` and `migrate` were told. What is None or empty keeps what the migration began with."""
-
-    ssh: SshOptions = field(default_factory=SshOptions)
-    to: list[str] = field(default_factory=list)
-    overwrite: dict[str, str] = field(default_factory=dict)
-    networks: dict[str, str] = field(default_factory=dict)
-    libvirt: str | None = None
-    domain: str | None = None
-    machine: str | None = None
-    bus: DiskBus | None = None
-    rate_limit: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +69,7 @@ class Workshop:
         with reached(url, request.ssh, self.observer.note) as source:
             vm = source.inspect(source.find(name))
             known = self.journal.open_for(source.url, vm.uuid)
-            plan = _plan_of(known, request) if known else _new_plan(source.url, vm, request)
+            plan = _plan_of(known, request) if known else new_plan(source.url, vm, request)
             findings = tuple(source.check(vm)) if known else (*source.check(vm), *check_targets(vm, plan.targets))
         return Rehearsal(vm, plan, findings, _sync_steps(plan, known))
 
@@ -93,14 +77,18 @@ class Workshop:
     def begin(self, url: str, name: str, request: Request) -> Iterator[Job]:
         """The VM's open migration, or a new one when nothing is in its way (Blocked lists what is)."""
         with reached(url, request.ssh, self.observer.note) as source:
-            vm = source.inspect(source.find(name))
-            record = self.journal.open_for(source.url, vm.uuid)
-            plan = _plan_of(record, request) if record else _new_plan(source.url, vm, request)
+            uuid = source.find(name)
+            record = self.journal.open_for(source.url, uuid)
             if record is None:
+                vm = source.inspect(uuid)
+                plan = new_plan(source.url, vm, request)
                 self._refuse_blocked(vm, plan, source)
                 paths = [choice.path for choice in plan.targets]
                 record = self.journal.create(vm=vm, source=source.url, plan=plan.to_json(), targets=paths)
-            yield from self._job(record, plan, source, vm)
+            else:
+                plan = _plan_of(record, request)
+                self.journal.book(record.id).replan(plan.to_json())
+            yield from self._job(record, plan, source)
 
     @contextmanager
     def resume(self, name: str) -> Iterator[Job]:
@@ -108,7 +96,7 @@ class Workshop:
         record = self.journal.find(name)
         plan = Plan.from_json(record.plan)
         with reached(plan.source, plan.ssh, self.observer.note) as source:
-            yield from self._job(record, plan, source, source.inspect(record.vm_uuid))
+            yield from self._job(record, plan, source)
 
     def _refuse_blocked(self, vm: VirtualMachine, plan: Plan, source: Source) -> None:
         findings = [*source.check(vm), *check_targets(vm, plan.targets)]
@@ -120,10 +108,10 @@ class Workshop:
             lines = "\n".join(f"  - {b.what}" + (f" ({b.fix})" if b.fix else "") for b in blockers)
             raise Blocked(f"{vm.name!r} cannot be migrated as it stands:\n{lines}", where=source.url, fix="see `tokvm check`")
 
-    def _job(self, record: MigrationRecord, plan: Plan, source: Source, vm: VirtualMachine) -> Iterator[Job]:
+    def _job(self, record: MigrationRecord, plan: Plan, source: Source) -> Iterator[Job]:
         host = LibvirtHost(plan.libvirt)
         try:
-            yield Job(self, record, plan, source, host, vm)
+            yield Job(self, record, plan, source, host)
         finally:
             host.close()
 
@@ -131,15 +119,13 @@ class Workshop:
 class Job:
     """One migration with everything it needs, ready to be told what to do."""
 
-    def __init__(
-        self, shop: Workshop, record: MigrationRecord, plan: Plan, source: Source, host: LibvirtHost, vm: VirtualMachine
-    ) -> None:
+    def __init__(self, shop: Workshop, record: MigrationRecord, plan: Plan, source: Source, host: LibvirtHost) -> None:
         self._shop = shop
         self._plan = plan
-        self._vm = vm
         self._host = host
         self._book = shop.journal.book(record.id)
         self._source = source
+        self._domain: DomainPlan | None = None
         self.record = record
         self.migration = self._migration()
 
@@ -161,7 +147,7 @@ class Job:
     def cutover_steps(self) -> list[str]:
         self._refuse_unrunnable()
         return [
-            f"stop {self._vm.name!r} on {self._plan.source}, and wait until two witnesses say it is off",
+            f"stop {self.record.name!r} on {self._plan.source}, and wait until two witnesses say it is off",
             "fence it: start, start_on and resume blocked, no HA restart, no automatic start",
             "snapshot the halted VM and copy the last delta",
             f"define {self._domain_name()!r} on {self._plan.libvirt} and start it",
@@ -171,11 +157,11 @@ class Job:
     def rollback_steps(self) -> list[str]:
         return [
             f"stop and undefine {self._domain_name()!r} on {self._plan.libvirt} (its disks stay)",
-            f"unfence and start {self._vm.name!r} on {self._plan.source}",
+            f"unfence and start {self.record.name!r} on {self._plan.source}",
         ]
 
     def finish_steps(self) -> list[str]:
-        marks = [snapshot.mark for snapshot in self._source.snapshots(self._vm.uuid, self.record.mark_prefix)]
+        marks = [snapshot.mark for snapshot in self._source.snapshots(self.record.vm_uuid, self.record.mark_prefix)]
         return [f"remove the snapshot {mark} from {self._plan.source}" for mark in marks] or [
             "nothing: no snapshot of ours is left"
         ]
@@ -203,13 +189,13 @@ class Job:
         return path
 
     def _domain_name(self) -> str:
-        return self._plan.domain or self._vm.name
+        return self._plan.domain or self.record.name
 
     def _domain_plan(self) -> DomainPlan:
-        disks = tuple(
-            TargetDisk(choice.path, block=_is_block(choice.path), bus=self._plan.bus) for choice in self._plan.targets
-        )
-        return DomainPlan(self._vm, self._domain_name(), disks, self._plan.networks, self._plan.machine)
+        """Made from the VM as it is now, asked for once."""
+        if self._domain is None:
+            self._domain = domain_plan(self._source.inspect(self.record.vm_uuid), self._plan)
+        return self._domain
 
     def _refuse_unrunnable(self) -> None:
         for finding in self._host.check(self._domain_plan()):
@@ -217,27 +203,6 @@ class Job:
                 self._shop.observer.note(f"warning: {finding.what}")
                 continue
             raise Blocked(f"the target could not run the VM: {finding.what}", where=finding.where, fix=finding.fix)
-
-
-def _is_block(path: str) -> bool:
-    try:
-        return stat.S_ISBLK(Path(path).stat().st_mode)
-    except OSError as exc:
-        raise TargetError(f"the target is not there: {exc.strerror}", where=path, fix="bring it back, then go on") from exc
-
-
-def _new_plan(source_url: str, vm: VirtualMachine, request: Request) -> Plan:
-    return Plan(
-        source=source_url,
-        targets=choose_targets(vm, request.to, request.overwrite),
-        ssh=request.ssh,
-        networks=request.networks,
-        libvirt=request.libvirt or DEFAULT_LIBVIRT,
-        machine=request.machine or "q35",
-        bus=request.bus or DiskBus.VIRTIO_BLK,
-        domain=request.domain or "",
-        rate_limit=request.rate_limit,
-    )
 
 
 def _plan_of(record: MigrationRecord, request: Request) -> Plan:

@@ -9,7 +9,7 @@ import typer
 from tokvm.app import inventory
 from tokvm.cli import options
 from tokvm.cli.output import print_fields, print_json, print_table
-from tokvm.cli.requests import SshArguments
+from tokvm.cli.requests import SshArguments, TargetArguments
 from tokvm.core.machine import Severity
 from tokvm.core.units import format_bytes
 
@@ -39,7 +39,11 @@ def check(
     vm: Annotated[str, typer.Option("--vm", help="The VM's name or uuid.")],
     to: options.To = None,
     overwrite: options.Overwrite = None,
+    network: options.Network = None,
     libvirt: options.Libvirt = None,
+    domain: options.Domain = None,
+    machine: options.Machine = None,
+    bus: options.Bus = None,
     json: options.Json = False,
     identity: options.Identity = None,
     ssh_config: options.SshFile = None,
@@ -50,8 +54,9 @@ def check(
 ) -> None:
     """Can this VM be migrated? Every blocker before the first byte is copied (exit 10 when there is one)."""
     with options.running(json=json, verbose=verbose) as reporter:
-        ssh = SshArguments(identity, ssh_config, known_hosts, accept_new_host_key, silence).options()
-        report = inventory.check(source, vm, ssh, to or [], overwrite or [], libvirt, reporter.note)
+        ssh = SshArguments(identity, ssh_config, known_hosts, accept_new_host_key, silence)
+        target = TargetArguments(to or [], overwrite or [], network or [], libvirt, domain, machine, bus)
+        report = inventory.check(source, vm, target.request(ssh), reporter.note)
         if json:
             print_json(report.to_dict())
         else:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tokvm.app.plan import SshOptions, pairs
-from tokvm.app.workshop import Request
+from tokvm.app.plan import Request, SshOptions, pairs
 from tokvm.cli import options
 from tokvm.core.errors import UsageError
 from tokvm.core.machine import DiskBus

@@ -37,16 +37,19 @@ def _swallow(_context: object, _error: object) -> None:
 
 
 class Connection:
-    """`uri` as libvirt takes it (`qemu:///system`, `qemu+ssh://root@host/system`)."""
+    """`uri` as libvirt takes it (`qemu:///system`, `qemu+ssh://root@host/system`). Connects when first asked something: copying
+    disks needs no libvirt."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self.libvirt = load_libvirt()
         self._handle: Any = None
-        self.handle()
 
     def __repr__(self) -> str:
         return f"Connection({self.uri!r})"
+
+    @property
+    def libvirt(self) -> ModuleType:
+        return load_libvirt()
 
     @property
     def is_local(self) -> bool:

@@ -39,6 +39,10 @@ class LibvirtHost:
     def url(self) -> str:
         return self._connection.uri
 
+    def reach(self) -> None:
+        """DomainError when libvirt does not answer. (Everything else connects when it is first needed.)"""
+        self._connection.handle()
+
     def accel(self) -> Accel:
         """KVM where a guest came up under it; TCG, which is much slower, where not."""
         if self._accel is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,15 +41,15 @@ class Lab:
 
 def migrate_all(lab: Lab, settings: LabSettings, progress: Progress) -> list[GuestReport]:
     """All guests at once: one tokvm process for each. Interrupted, those are killed."""
-    pool = ThreadPoolExecutor(max_workers=len(lab.machines))
-    try:
-        reports = list(pool.map(lambda one: _migrate(lab, one, settings, progress), lab.machines))
-    except BaseException:
-        pids.kill_noted(lab.folder / "run")
-        pool.shutdown(wait=False, cancel_futures=True)  # threads that wait for a guest end with the clock
-        raise
-    pool.shutdown()
-    return reports
+    with ThreadPoolExecutor(max_workers=len(lab.machines)) as pool:
+        under_way = [pool.submit(_migrate, lab, one, settings, progress) for one in lab.machines]
+        try:
+            return [one.result() for one in under_way]
+        except BaseException:
+            lab.clock.stop()  # ends every wait for a guest
+            while wait(under_way, timeout=0.1).not_done:  # one of them may be about to start tokvm
+                pids.kill_noted(lab.folder / "run")
+            raise
 
 
 def _migrate(lab: Lab, machine: LabMachine, settings: LabSettings, progress: Progress) -> GuestReport:

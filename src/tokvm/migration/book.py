@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from typing import Protocol
@@ -168,6 +168,10 @@ class Book:
                 "SELECT id, ?, 'note', phase, phase, ? FROM migration WHERE id = ?",
                 (self._wall(), storable(text), self.id),
             )
+
+    def replan(self, plan: Mapping[str, object]) -> None:
+        """What the operator decided anew (JSON); the targets stay what they were."""
+        self._update("UPDATE migration SET plan = ? WHERE id = ?", json.dumps(plan))
 
     def target_ran(self, ran: TargetRan) -> None:
         self._update("UPDATE migration SET target_ran = ? WHERE id = ?", ran)

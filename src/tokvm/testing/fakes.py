@@ -3,7 +3,7 @@
     FakeSource ─┐                    each call is numbered; a plan says what happens at which number:
     FakeHost   ─┼─► World.call ──►   die before or after it, lose its reply, let it land late, refuse it, let HA act
     FakeReader ─┘        │
-                         └─► check(): never two running, never a start on stale bytes
+                         └─► check(): never two running, never a start on stale bytes, nothing lost unasked
 
 While a copy runs it writes one block at every call, so a copy that is stale is seen to be so. Power loss at a death: what a
 target was not asked to flush is gone. The doubles keep to the doors' contracts, no more.
@@ -31,6 +31,7 @@ from tokvm.sources.base import MachineSummary
 BLOCK = 4096
 UUID = "5f1c2a52-0000-4000-8000-000000000001"
 T = TypeVar("T")
+_MEDIUM = threading.Lock()
 
 
 class Death(BaseException):  # not an error: nothing may catch it but the harness
@@ -40,7 +41,8 @@ class Death(BaseException):  # not an error: nothing may catch it but the harnes
 class Fault(Enum):
     """LATE: the action is taken in hand, its reply is lost, and it lands `World.late_after` calls later (stops and starts only;
     any other call just loses its reply). HA: before the call, HA or a person starts the source if nothing keeps it from that.
-    KILL_…: a real SIGKILL to this process."""
+    LIFT, INTERLUDE: the same in spite of the fence, until the target is defined (what a person does after that is a person's to
+    answer for). KILL_…: a real SIGKILL to this process."""
 
     DIE_BEFORE = "die before"
     DIE_AFTER = "die after"
@@ -52,6 +54,8 @@ class Fault(Enum):
     LATE = "lands late"
     HA = "HA starts the source"
     STALL = "a minute passes"
+    LIFT = "a person lifts the fence"
+    INTERLUDE = "a person lifts the fence, the source runs for a moment"
 
 
 @dataclass
@@ -96,6 +100,7 @@ class World:
     target_on: bool = False
     target_linked: bool = True
     target_ever_ran: bool = False
+    loss_accepted: bool = False
     save_to: Path | None = None
     snapshots: dict[str, tuple[Snapshot, list[bytes], list[dict[int, int]]]] = field(default_factory=dict)
     changed: list[dict[int, int]] = field(default_factory=list)
@@ -155,6 +160,8 @@ class World:
             self.ha_starts_source()
         if fault is Fault.STALL:
             self.clock.seconds += 60
+        if fault in (Fault.LIFT, Fault.INTERLUDE) and not self.defined:
+            self.a_person_lifts_the_fence(stays=fault is Fault.LIFT)
         if self.pending_stop is not None and number >= self.pending_stop:
             self.pending_stop, self.source_on = None, False
         if self.pending_start is not None and number >= self.pending_start:
@@ -174,8 +181,9 @@ class World:
         return False
 
     def _kill(self) -> None:
-        self._save()
-        os.kill(os.getpid(), signal.SIGKILL)
+        with _MEDIUM:  # nothing reaches the medium between the picture that is kept of it and the end
+            self._save()
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def _save(self) -> None:
         if self.save_to is not None:
@@ -202,6 +210,13 @@ class World:
         if not self.source_on and not self.fenced:
             self.source_on = True
 
+    def a_person_lifts_the_fence(self, *, stays: bool) -> None:
+        self.fenced = False
+        if not self.source_on:
+            self.source_on = True
+            self.guests_write()
+            self.source_on = stays
+
     def target_starts(self, how: str) -> None:
         """The target's first instruction: what its disks hold then is what counts."""
         self.settle()
@@ -224,6 +239,8 @@ class World:
     def check(self, when: str) -> None:
         if self.source_on and self.target_on:
             self.violations.append(f"both run after {when} ({self.log[-1] if self.log else ''})")
+        if self.source_on and self.target_ever_ran and not self.loss_accepted:
+            self.violations.append(f"the source runs after {when}: what the target wrote is lost, and nobody accepted that")
 
     def machine(self) -> VirtualMachine:
         disks = tuple(Disk(n, f"vdi-{n}", len(content), bootable=n == 0) for n, content in enumerate(self.disks))
@@ -411,13 +428,12 @@ class FakeTarget:
             raise TargetError("the target is in use by a running VM", where=f"target-{index}", fix="stop it")
         self._world = world
         self._index = index
-        self._lock = threading.Lock()
         self.size = len(world.targets[index])
         self.identity = f"target-{index}"
         self.known_zero = False
 
     def write(self, offset: int, data: memoryview) -> None:
-        with self._lock:
+        with _MEDIUM:
             self._world.unsynced[self._index].append((offset, bytes(data)))
 
     def zero(self, offset: int, length: int) -> None:
@@ -426,14 +442,14 @@ class FakeTarget:
     def flush(self) -> None:
         if self.broken:
             raise TargetError("Input/output error", where=self.identity, fix="see the storage")
-        with self._lock:
+        with _MEDIUM:
             target, waiting = self._world.targets[self._index], self._world.unsynced[self._index]
             for offset, data in waiting:
                 target[offset : offset + len(data)] = data
             waiting.clear()
 
     def read_back(self, offset: int, length: int) -> memoryview:
-        with self._lock:
+        with _MEDIUM:
             content = bytearray(self._world.targets[self._index])
             for at, data in self._world.unsynced[self._index]:
                 content[at : at + len(data)] = data

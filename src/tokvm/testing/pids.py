@@ -32,7 +32,9 @@ def note(folder: Path, name: str, pid: int) -> Path:
     """Write down that `pid` is ours. Returns the file, which `forget` or `kill_noted` removes."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}{PID_SUFFIX}"
-    path.write_text(f"{pid} {start_tick(pid) or 0}\n")
+    fresh = folder / f"{name}.new"  # whoever kills what is noted must never see half a note
+    fresh.write_text(f"{pid} {start_tick(pid) or 0}\n")
+    fresh.replace(path)
     return path
 
 

@@ -13,6 +13,7 @@ import getpass
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -112,11 +113,21 @@ class Sshd:
         (self.folder / "run" / "sshd.pid").unlink(missing_ok=True)
 
     def cut_connections(self) -> int:
-        """Kill every session but not the listener: all connections break, new ones work."""
+        """Kill every session but not the listener: all connections break, new ones work. Returns how many processes."""
+        return self._signal_sessions(signal.SIGKILL)
+
+    def freeze_connections(self) -> int:
+        """Stop every session where it is: sockets stay open, nothing moves (a hung host, a pulled cable)."""
+        return self._signal_sessions(signal.SIGSTOP)
+
+    def thaw_connections(self) -> int:
+        return self._signal_sessions(signal.SIGCONT)
+
+    def _signal_sessions(self, number: signal.Signals) -> int:
         pid = self.pid
         family = pids.descendants(pid) if pid is not None else []
         for member in family:
-            pids.kill(member)
+            pids.kill(member, number)
         return len(family)
 
     def also_at(self, port: int) -> None:
@@ -187,6 +198,9 @@ class Sshd:
             f"HostKey {_quoted(self.folder / 'host_key')}",
             f"AuthorizedKeysFile {_quoted(self.folder / 'authorized_keys')}",
             "PidFile none",
+            # An account's shell reads its ~/.bashrc before every command, forced ones too; here it costs what it likes.
+            f'SetEnv "HOME={self.folder}"',
+            "KexAlgorithms curve25519-sha256",  # a login in half the time of the post-quantum one
             "StrictModes no",
             "PasswordAuthentication no",
             "KbdInteractiveAuthentication no",

@@ -89,9 +89,8 @@ def _refuse_long_downtime(work: Work) -> None:
     if budget is None or prediction is None or prediction.total_s <= budget:
         return
     raise BudgetExceeded(
-        f"the downtime would be about {format_duration(prediction.total_s)} (the last delta {format_duration(prediction.delta_s)}, "
-        f"the stop {format_duration(_fixed_times(work).stop_s)}), over the budget of {format_duration(budget)}; the source was not "
-        "stopped",
+        f"the downtime would be {format_duration(prediction.total_s)} (stop {format_duration(_fixed_times(work).stop_s)}, "
+        f"last delta {format_duration(prediction.delta_s)}), over the budget of {format_duration(budget)}; it was not stopped",
         where=work.name,
         fix="run `tokvm sync` once more right before, or give a larger --budget, or none",
     )

@@ -101,7 +101,6 @@ class XenServerSource:
         power.start(self._xe, self._known(uuid))
 
     def close(self) -> None:
-        self._xe.close()
         self._host.close()
 
     def _known(self, uuid: str) -> str:

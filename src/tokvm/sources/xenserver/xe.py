@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 from tokvm.core.errors import ConnectionLost, SourceError
 from tokvm.images.base import ByteStream
@@ -26,7 +25,8 @@ from tokvm.sources.xenserver.faults import Fault, XenServerError, explain
 
 READ_S = 60.0  # a read takes 0.1 s; on a dom0 short of memory some seconds
 ACT_S = 120.0
-AT_ONCE = 4  # reads in flight; a session each on the control connection, of which sshd allows 10
+DIVIDER = "printf '\\0%d\\0' $?"
+"""Between the commands of a batch: the exit code of the one before, between NULs."""
 _AGAIN_BELOW_S = 20.0  # a read that failed sooner than this is asked once more: the connection broke, the host is not hanging
 _TABLE_TRIES = 4
 _TABLE_WAIT_S = 0.5
@@ -34,8 +34,10 @@ _MOST_ROWS = 100_000
 NOTHING = "<not in database>"  # what xe prints for a reference to nothing
 
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_EXIT = re.compile(r"[0-9]{1,3}")
 _ESCAPES = re.compile(r"(\\.|,)", re.DOTALL)
 
+T = TypeVar("T")
 Command = tuple[str, ...]
 Row = dict[str, str]
 
@@ -47,6 +49,8 @@ class Host(Protocol):
     def where(self) -> str: ...
 
     def run(self, args: Sequence[str], *, timeout_s: float = ..., check: bool = ...) -> Completed: ...
+
+    def run_line(self, command: str, *, timeout_s: float = ..., check: bool = ...) -> Completed: ...
 
     def stream(self, command: str) -> ByteStream: ...
 
@@ -69,28 +73,48 @@ class Xe:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._pool = ThreadPoolExecutor(AT_ONCE, "xe")
 
     @property
     def where(self) -> str:
         return self._host.where
 
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
     def ask(self, *command: str) -> str:
         """The answer of a command that only reads, without its newline. Asked again when the connection just broke."""
+        return self._patiently(lambda: self._run(command, READ_S))
+
+    @staticmethod
+    def _patiently(read: Callable[[], T]) -> T:
+        """Once more when the connection just broke; not when the host hangs."""
         begun = time.monotonic()
         try:
-            return self._run(command, READ_S)
+            return read()
         except ConnectionLost:
             if time.monotonic() - begun > _AGAIN_BELOW_S:
                 raise
-            return self._run(command, READ_S)
+            return read()
 
     def ask_all(self, commands: Sequence[Command]) -> list[str]:
-        """The answers of several reads, a few at a time."""
-        return list(self._pool.map(lambda command: self.ask(*command), commands))
+        """The answers of several reads, in one command line: a round trip and a session for all of them."""
+        answers = self._batch(commands)
+        # What failed is asked again by itself: only so is its error text known to be its own.
+        return [self.ask(*command) if code else text for command, (code, text) in zip(commands, answers, strict=True)]
+
+    def _batch(self, commands: Sequence[Command]) -> list[tuple[int, str]]:
+        """(exit code, answer) of each. NUL cannot occur in what xe prints, so it divides answers that hold anything else."""
+        if not commands:
+            return []
+        line = "".join(f"{quote(['xe', *command])}; {DIVIDER}; " for command in commands).rstrip("; ")
+        try:
+            done = self._patiently(lambda: self._host.run_line(line, timeout_s=READ_S + len(commands), check=True))
+        except RemoteCommandError as failed:
+            raise explain(failed, where=self.where) from failed
+        except ProgramError as failed:
+            raise self.confused(commands[0], failed.what) from failed
+        parts = done.text.split("\0")
+        codes = parts[1::2]
+        if len(parts) != 2 * len(commands) + 1 or parts[-1] or not all(_EXIT.fullmatch(code) for code in codes):
+            raise self.confused(commands[0], f"{len(parts) // 2} answers to {len(commands)} questions")
+        return [(int(code), text.removesuffix("\n")) for text, code in zip(parts[::2], codes, strict=False)]
 
     def act(self, *command: str, timeout_s: float = ACT_S) -> str:
         """The answer of a command that changes something. Never repeated: after ConnectionLost it may have worked."""
@@ -121,7 +145,9 @@ class Xe:
 
     def keys(self, uuid: str, wanted: Sequence[tuple[str, str]]) -> list[str | None]:
         """Several (map, key) of one VM."""
-        return list(self._pool.map(lambda pair: self.key(uuid, *pair), wanted))
+        commands = [(*value_of("vm", uuid, name), f"param-key={key}") for name, key in wanted]
+        answers = zip(wanted, self._batch(commands), strict=True)
+        return [self.key(uuid, *pair) if code else text for pair, (code, text) in answers]
 
     def column(self, listing: Command, name: str) -> list[str]:
         """One parameter of all rows. One row with an empty value cannot be told from none: see `table`."""
@@ -135,9 +161,9 @@ class Xe:
         for attempt in range(_TABLE_TRIES):
             if attempt:
                 time.sleep(_TABLE_WAIT_S)
-            keys = self.column(listing, key)
-            rows = self._match(keys, self._columns(listing, names), names) if keys else []
-            if rows is not None and self.column(listing, key) == keys:
+            keys, *columns, again = self._columns(listing, [key, *names, key])
+            rows = self._match(keys, columns, names)
+            if rows is not None and again == keys:
                 return self._keyed(listing, key, keys, rows)
         raise self.confused((*listing, "--minimal"), "the columns do not belong together; rows keep coming and going")
 

@@ -9,7 +9,6 @@ import contextlib
 import importlib
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Protocol, cast
@@ -99,6 +98,8 @@ class FileBackend:
         self._export(out, self._path(vm, "frozen", frozen, f"{disk}.raw"), parent)
 
     def drop(self, vm: str, name: str) -> None:
+        import shutil  # lzma and bz2 behind it: only those who remove pay for them
+
         shutil.rmtree(self._path(vm, "frozen", name), ignore_errors=True)
 
     def _export(self, out: Path, path: Path, parent: Path | None) -> None:

@@ -82,6 +82,27 @@ RULES = (
 )
 
 
+DIVIDER = "; printf '\\0%d\\0' $?"
+
+
+def batch(line: str) -> list[str] | None:
+    """The reads of a line that asks several things, each with its exit code behind; None for a line of one command.
+
+    NotInContract for a line that is nearly one: a batch may only read, so that a lost connection loses no action's answer.
+    """
+    if DIVIDER not in line:
+        return None
+    commands = f"; {line}".split(DIVIDER)
+    rest = commands.pop()
+    if rest or not all(command.startswith("; xe ") for command in commands):
+        raise NotInContract("a batch is commands with the exit code of each behind it", 2)
+    commands = [command.removeprefix("; ") for command in commands]
+    for command in commands:
+        if not parse(command).name.endswith(("-list", "-param-get")):
+            raise NotInContract(f"a batch may only read: {command}", 2)
+    return commands
+
+
 def parse(line: str) -> Command:
     """The command in `line`, or NotInContract saying why it is none."""
     tail = TAIL.fullmatch(line)

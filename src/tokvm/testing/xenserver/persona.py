@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import TracebackType
 from typing import NoReturn
 
 from tokvm.testing import pids
@@ -22,6 +23,9 @@ from tokvm.testing.xenserver.errors import NotInContract, XeError, api_error
 from tokvm.testing.xenserver.state import Store
 
 POWER_PARAMS = frozenset({"power-state", "dom-id", "current-operations", "currently-attached"})
+
+DROPPED = 255  # what ssh itself says of a connection that broke
+NOBODY = 141  # as a shell says of SIGPIPE
 
 
 class Drop(Exception):
@@ -41,6 +45,30 @@ class Persona:
             self._power = power.Power(self.store, backend.load(dotted, self.store.path("backend")))
         return self._power
 
+    def answer_line(self, line: str) -> int:
+        """One command, or a batch of reads with the exit code behind each."""
+        try:
+            commands = grammar.batch(line)
+        except NotInContract as error:
+            self.store.append("commands.log", {"pid": os.getpid(), "command": line})
+            return self._refuse(line, error)
+        if commands is None:
+            return self.answer(line)
+        for command in commands:
+            code = self.answer(command)
+            if code in (DROPPED, NOBODY):
+                return code
+            with contextlib.suppress(BrokenPipeError):
+                os.write(1, b"\0%d\0" % code)
+        return 0
+
+    def _refuse(self, line: str, error: XeError) -> int:
+        if isinstance(error, NotInContract):
+            self.store.append("violations", {"command": line, "why": error.text})
+        with contextlib.suppress(BrokenPipeError):
+            os.write(2, (error.text + "\n").encode("utf-8", "surrogateescape"))
+        return error.code
+
     def answer(self, line: str) -> int:
         """Do what `line` asks. Returns the exit code."""
         self.store.append("commands.log", {"pid": os.getpid(), "command": line})
@@ -48,16 +76,12 @@ class Persona:
         try:
             code = self._with_faults(grammar.parse(line), faults.take(self.store, line))
         except XeError as error:
-            if isinstance(error, NotInContract):
-                self.store.append("violations", {"command": line, "why": error.text})
-            with contextlib.suppress(OSError):
-                os.write(2, (error.text + "\n").encode("utf-8", "surrogateescape"))
-            code = error.code
+            code = self._refuse(line, error)
         except Drop:
-            code = 255
+            code = DROPPED
             kill_connection(self.store)
         except BrokenPipeError:
-            code = 141
+            code = NOBODY
         finally:
             self.store.append("commands.log", {"pid": os.getpid(), "exit": code})
         return code
@@ -199,6 +223,14 @@ def _print(text: str) -> None:
 def main(folder: str) -> NoReturn:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a write to nobody is an OSError, so that clean-up still happens
     line = os.environb.get(b"SSH_ORIGINAL_COMMAND", b"").decode("utf-8", "surrogateescape")
-    code = Persona(Path(folder)).answer(line)
+    persona = Persona(Path(folder))
+
+    def own_fault(_kind: type[BaseException], error: BaseException, _trace: TracebackType | None) -> None:
+        """A defect of the persona, or of the backend, is no answer of a XenServer: whoever runs the test must see it."""
+        persona.store.append("violations", {"command": line, "why": f"the persona itself failed: {error!r}"})
+        os.write(2, f"{api_error('INTERNAL_ERROR', repr(error)).text}\n".encode("utf-8", "surrogateescape"))
+
+    sys.excepthook = own_fault
+    code = persona.answer_line(line)
     sys.stdout.flush()
     os._exit(code)

@@ -6,18 +6,20 @@ command only waits for it. When the client's connection dies, the task goes on, 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import time
-import uuid
 from collections.abc import Callable
 
 from tokvm.testing import pids
 from tokvm.testing.xenserver import backend as backends
 from tokvm.testing.xenserver.errors import XeError, api_error, bad_power
 from tokvm.testing.xenserver.records import find_vm, real_vms
-from tokvm.testing.xenserver.state import HALTED, RUNNING, Operation, State, Store, Vm
+from tokvm.testing.xenserver.state import HALTED, RUNNING, Operation, State, Store, Vm, new_uuid
+
+DONE = b"+"  # what a worker says at a good end; saying nothing at all is dying
 
 
 class Power:
@@ -84,7 +86,7 @@ class Power:
                 raise bad_power(uuid_, vm["name"], RUNNING, vm["power"])
             if not force:
                 self._refuse_while_busy(vm)
-            ref = f"OpaqueRef:{uuid.uuid4()}"
+            ref = f"OpaqueRef:{new_uuid()}"
             pid, wait = spawn(self.store, name, lambda: self._shut_down_task(uuid_, ref, force=force, after_s=after_s))
             if not hidden:
                 vm["operations"].append(Operation(ref=ref, name=name, pid=pid, tick=pids.start_tick(pid) or 0))
@@ -163,7 +165,11 @@ def spawn(store: Store, name: str, task: Callable[[], None]) -> tuple[int, Calla
         while piece := os.read(answer, 65536):
             text += piece
         os.close(answer)
-        return text.decode("utf-8", "surrogateescape")
+        if text == DONE:
+            return ""
+        if not text:
+            store.append("violations", {"command": name, "why": f"the persona itself failed: worker {pid} died"})
+        return text.decode("utf-8", "surrogateescape") or api_error("INTERNAL_ERROR", f"worker {pid} died").text
 
     return pid, wait
 
@@ -180,13 +186,15 @@ def _be_worker(store: Store, name: str, task: Callable[[], None], report: int) -
         note = pids.note(store.path("run"), f"{name}-{os.getpid()}", os.getpid())
         try:
             task()
-            code = 0
+            code, said = 0, DONE
         except XeError as error:
-            os.write(report, error.text.encode("utf-8", "surrogateescape"))
+            said = error.text.encode("utf-8", "surrogateescape")
         except OSError as error:
             store.append("violations", {"command": name, "why": f"the persona itself failed: {error!r}"})
-            os.write(report, f"Error: {error}".encode())
+            said = api_error("INTERNAL_ERROR", str(error)).text.encode("utf-8", "surrogateescape")
         finally:
             note.unlink(missing_ok=True)
+        with contextlib.suppress(BrokenPipeError):  # the client may have gone long ago
+            os.write(report, said)
     finally:
         os._exit(code)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-import uuid
 
 from tokvm.testing import pids
 from tokvm.testing.xenserver.errors import NotInContract, api_error, no_such
 from tokvm.testing.xenserver.power import Power
 from tokvm.testing.xenserver.records import find_vdi, find_vm
-from tokvm.testing.xenserver.state import HALTED, State, Store, Vbd, Vdi, Vm
+from tokvm.testing.xenserver.state import HALTED, State, Store, Vbd, Vdi, Vm, new_uuid
 
 DETACH_POLL_S = 0.05
 
@@ -21,7 +20,7 @@ def take_snapshot(store: Store, power: Power, vm_uuid: str, label: str) -> str:
         vm = find_vm(state, vm_uuid)
         if vm["operations"]:
             raise api_error("OTHER_OPERATION_IN_PROGRESS", "VM", f"{vm_uuid} ({vm['name']})")
-        name = str(uuid.uuid4())
+        name = new_uuid()
         power.backend.freeze(vm_uuid, name)
         state["vms"][name] = _frozen_vm(state, vm, name, label)
         store.append("events.log", {"event": "snapshot", "vm": vm_uuid, "snapshot": name, "label": label})
@@ -51,11 +50,11 @@ def _frozen_vm(state: State, vm: Vm, name: str, label: str) -> Vm:
 
 def _frozen_vbd(state: State, vbd: Vbd, name: str) -> Vbd:
     copy = vbd.copy()
-    copy["uuid"] = str(uuid.uuid4())
+    copy["uuid"] = new_uuid()
     live = state["vdis"].get(vbd["vdi"])
     if live is not None and vbd["type"] == "Disk":
         vdi = live.copy()
-        vdi["uuid"], vdi["snapshot_of"], vdi["frozen"] = str(uuid.uuid4()), live["uuid"], name
+        vdi["uuid"], vdi["snapshot_of"], vdi["frozen"] = new_uuid(), live["uuid"], name
         vdi["readers"], vdi["busy_until"] = [], 0.0
         state["vdis"][vdi["uuid"]] = vdi
         copy["vdi"] = vdi["uuid"]
