@@ -18,7 +18,7 @@ from tokvm.migration.doors import Doors
 from tokvm.migration.journal import Journal
 from tokvm.migration.phases import Phase
 from tokvm.migration.runner import Migration
-from tokvm.testing.fakes import Death, FakeHost, FakeSource, FakeTarget, World, fake_plan
+from tokvm.testing.fakes import Death, FakeHost, FakeMorpher, FakeSource, FakeTarget, World, fake_plan
 from tokvm.transfer.checkpoint import PassLimits
 
 LIMITS = PassLimits(workers=1, checkpoint_bytes=2 * 8192, checkpoint_s=5.0, reseal_s=0.0)
@@ -52,6 +52,7 @@ class Rig:
     journals: list[DyingJournal] = field(default_factory=list)
     proof: Callable[[], bool] | None = None
     open_target: Callable[[int], FakeTarget] | None = None
+    morphs: bool = False
 
     def journal(self) -> DyingJournal:
         for old in self.journals:
@@ -75,6 +76,7 @@ class Rig:
             manifest_path=lambda number, disk: self.path / "manifests" / f"{number}-{disk}",
             clock=self.world.clock,
             proof=self.proof,
+            morpher=FakeMorpher(self.world) if self.morphs else None,
             limits=LIMITS,
         )
         journal.die_at, journal.after, journal.writes = die_at, after, 0

@@ -25,6 +25,7 @@ RULES = {
     "fence": "the source is fenced, and a target is started only while it is",
     "witness": "the source is seen off, by asking it, before anything depends on it",
     "recheck": "the source is looked at again right before the start",
+    "record first": "the journal goes back to FENCED before the fence is set again",
     "refence": "when the fence was gone, the final delta is taken again",
     "intent": "START_INTENT and `maybe` are recorded before the start is sent",
     "revoke": "a rollback undefines the target and sees it gone before it touches the source",
@@ -33,12 +34,12 @@ RULES = {
     "consent": "behind the commit point only a person rolls back",
     "seen": "STARTED is recorded only when the target is seen running",
 }
-CAUGHT_ALONE = ("fence", "recheck", "refence", "intent", "revoke", "order", "pending", "consent", "seen")
+CAUGHT_ALONE = ("fence", "recheck", "refence", "record first", "intent", "revoke", "order", "pending", "consent", "seen")
 
 
 class State(NamedTuple):
     """Truth: src, fence, dst, defined, fresh, frozen, stopping, starting, ran, consent. Journal: phase, maybe.
-    The process: alive, armed (it has just looked), here (it sent every start itself)."""
+    The process: alive, armed (it has just looked), here (it sent every start itself), todo (the journal has yet to go back)."""
 
     phase: str = "COPY"
     alive: bool = True
@@ -55,6 +56,7 @@ class State(NamedTuple):
     armed: bool = False
     here: bool = False
     consent: bool = False
+    todo: bool = False
 
 
 Step = tuple[str, State]
@@ -87,7 +89,10 @@ class Protocol:
         if not s.alive:
             yield "tool resumed", s._replace(alive=True)
             return
-        yield "tool killed", s._replace(alive=False, armed=False, here=False)
+        yield "tool killed", s._replace(alive=False, armed=False, here=False, todo=False)
+        if s.todo:
+            yield "back to FENCED", s._replace(phase="FENCED", frozen="no", todo=False)
+            return
         yield from {
             "COPY": self.copy,
             "STOP_INTENT": self.stop,
@@ -124,9 +129,18 @@ class Protocol:
             yield "copy the final delta", s._replace(fresh=s.frozen == "current" and not s.src, phase="FINAL")
 
     def refence(self, s: State) -> Iterator[Step]:
-        if self.sees_off(s) and not s.fence:
-            again = s._replace(fence=True, phase="FENCED", frozen="no")
-            yield "fence again", again if self.holds("refence") else s._replace(fence=True)
+        """The journal goes back to FENCED first, and the fence is set after that; both only when it is seen to be gone."""
+        if not self.sees_off(s) or s.fence:
+            return
+        back = s._replace(phase="FENCED", frozen="no")
+        if not self.holds("refence"):
+            yield "fence again", s._replace(fence=True)
+        elif not self.holds("record first"):
+            yield "fence again", s._replace(fence=True, todo=True)
+        elif s != back:
+            yield "back to FENCED", back
+        else:
+            yield "fence again", back._replace(fence=True)
 
     def intend(self, s: State) -> Iterator[Step]:
         if not self.sees_safe(s):

@@ -18,7 +18,7 @@ from tokvm.core.errors import NeedsPerson, TokvmError
 from tokvm.domain.base import DomainState
 from tokvm.migration import runner
 from tokvm.migration.book import Book
-from tokvm.migration.phases import Phase
+from tokvm.migration.phases import Event, Phase
 from tokvm.migration.rounds import Round
 from tokvm.migration.steps import fence, final, prove, rollback, start, stop
 from tokvm.testing.fakes import Death, Fault, World
@@ -126,11 +126,28 @@ def test_a_lost_reply_does_not_make_a_cutover_fail(make_synced: MakeSynced, call
     assert {name.split()[1].split(".")[0] for name, _ in ends} <= {"host"}, ends  # libvirt is local: its errors are answers
 
 
+@pytest.mark.parametrize("fault", [Fault.DIE_BEFORE, Fault.DIE_AFTER, Fault.REFUSE, Fault.LIFT, Fault.INTERLUDE])
+def test_a_morph_is_undone_before_anything_else_is_written(make_synced: MakeSynced, calls: int, fault: Fault) -> None:
+    for number in range(9, calls + 8):
+        rig = make_synced()
+        rig.morphs = True
+        rig.world.plan = {number: fault}
+        run(rig)
+        resume(rig)
+        assert_settled(rig, f"{fault} at {number}")
+        assert rig.world.morphed == rig.world.target_on
+
+
 def pairs(calls: int, count: int, seed: int) -> list[dict[int, Fault]]:
     """Plans of two to four events, anywhere; a death is followed by more in the runs after it."""
     chance = random.Random(seed)
     faults = [f for f in Fault if f not in (Fault.KILL_AFTER, Fault.KILL_BEFORE)]
     return [{chance.randrange(calls * 2): chance.choice(faults) for _ in range(chance.randint(2, 4))} for _ in range(count)]
+
+
+def lifted_then_dead(calls: int) -> list[dict[int, Fault]]:
+    """The fence is lifted for a moment, and the run that sees it is killed a few calls later."""
+    return [{number: Fault.INTERLUDE, number + gap: Fault.DIE_AFTER} for number in range(calls) for gap in range(1, 9)]
 
 
 LATE = (1, 3, 8, 20, 45, 80)
@@ -161,6 +178,14 @@ def _fence_and_go_on(work: Any) -> bool:
     return True
 
 
+def _fence_first(work: Any) -> bool:
+    if fence.standing(work) is fence.Standing.OFF_NOT_FENCED:
+        fence.fence(work)
+        work.advance(Event.REFENCED)
+        return False
+    return fence.require_off(work)
+
+
 def _forgets(module: Any, name: str, instead: Any) -> Callable[[pytest.MonkeyPatch], None]:
     return lambda patch: patch.setattr(module, name, instead)
 
@@ -171,6 +196,7 @@ MUTANTS: dict[str, list[Callable[[pytest.MonkeyPatch], None]]] = {
     + [_forgets(module, "standing", lambda _work: fence.Standing.OFF_AND_FENCED) for module in (stop, start)],
     "no look before the start": [_forgets(start, "_require_startable", lambda _work: None)],
     "no second final delta when the fence was gone": [_forgets(m, "require_off", _fence_and_go_on) for m in (final, start)],
+    "the fence is set again before that is recorded": [_forgets(m, "require_off", _fence_first) for m in (final, start)],
     "any final delta will do": [_forgets(final, "_current", lambda _work, _newest: True)],
     "rollback does not undefine": [_forgets(rollback, "_remove_target", _only_stop)],
     "rollback does not wait for a late stop": [_forgets(rollback, "_wait_for_late_stop", lambda _work: None)],
@@ -195,12 +221,12 @@ def test_a_runner_with_one_rule_less_is_caught(
     for change in MUTANTS[mutant]:
         change(monkeypatch)
     with pytest.raises((AssertionError, TokvmError)):
-        check_plans(make_synced, late + singles + pairs(calls, 600, seed=5))
+        check_plans(make_synced, late + singles + lifted_then_dead(calls) + pairs(calls, 600, seed=5))
 
 
 @pytest.mark.slow
 def test_more_plans_of_several_events(make_synced: MakeSynced, calls: int) -> None:
-    check_plans(make_synced, pairs(calls, 500, seed=2))
+    check_plans(make_synced, lifted_then_dead(calls) + pairs(calls, 500, seed=2))
 
 
 @pytest.mark.nightly

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 from tokvm.core.errors import Blocked, ConnectionLost, JournalError, TargetError, TokvmError
 from tokvm.core.machine import Snapshot
 from tokvm.migration.book import sealed
+from tokvm.migration.journal import Journal
 from tokvm.migration.phases import Phase
 from tokvm.migration.records import PassState, SnapshotState
 from tokvm.migration.reports import StopCause
@@ -281,8 +284,33 @@ def test_the_manifests_fit_the_target(rig: Any) -> None:
 def test_a_snapshot_without_one_of_the_disks_is_blocked(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rig.begin()
     monkeypatch.setattr(FakeSource, "snapshot", lambda _self, _vm, mark: Snapshot("s", mark, {}))
-    with pytest.raises(Blocked, match="lacks the disk"):
+    with pytest.raises(Blocked, match="came or went"):
         rig.migration().sync(passes=1)
+
+
+def test_a_second_run_names_the_first(rig: Any) -> None:
+    rig.begin()
+    ready, go = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        with Journal.open(rig.path) as journal, journal.lock(journal.migrations()[0].id):
+            os.write(ready[1], b"x")
+            os.read(go[0], 1)
+        os._exit(0)
+    try:
+        os.read(ready[0], 1)
+        with pytest.raises(JournalError, match=f"process {child} on"):
+            rig.migration().sync(passes=1)
+        with pytest.raises(JournalError, match=f"process {child} on"):
+            rig.migration().cutover()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        for fd in (*ready, *go):
+            os.close(fd)
+    assert rig.world.calls == 0
+    rig.migration().sync(passes=1)
+    assert target_is_newest_snapshot(rig)
 
 
 def test_a_sync_after_a_rollback_goes_on_with_a_delta(make_synced: Callable[[], Any]) -> None:

@@ -70,7 +70,10 @@ class Workshop:
             vm = source.inspect(source.find(name))
             known = self.journal.open_for(source.url, vm.uuid)
             plan = _plan_of(known, request) if known else new_plan(source.url, vm, request)
-            findings = tuple(source.check(vm)) if known else (*source.check(vm), *check_targets(vm, plan.targets))
+            known_owner = known.owner if known else ""
+            findings = tuple(source.check(vm, owner=known_owner))
+            if known is None:
+                findings += tuple(check_targets(vm, plan.targets))
         return Rehearsal(vm, plan, findings, _sync_steps(plan, known))
 
     @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol, runtime_checkable
 
 from tokvm.core.extents import ExtentMap
@@ -29,6 +29,17 @@ class ReadAt(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def announcer(file: ReadAt) -> Callable[[int, int], None]:
+    """The file's own `will_read(offset, length)`, if it has one: many small reads are announced, then they are on their way
+    together. Nothing otherwise."""
+    found: Callable[[int, int], None] | None = getattr(file, "will_read", None)
+    return found or _announce_nothing
+
+
+def _announce_nothing(_offset: int, _length: int) -> None:
+    """For a file that reads nothing ahead."""
 
 
 @runtime_checkable

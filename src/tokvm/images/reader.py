@@ -1,12 +1,13 @@
 """A chain as a DiskReader: every byte once, in the order of the files, several reads ahead.
 
-    window of guest space ── merged map ──► rows by (layer, file offset) ──► fills ──► chunks, in order
-                                                                            │
-                                     2-4 threads: preadv into pool buffers ◄┘
+    window of guest space ── merged map ──► rows in order ──► fills ──► chunks, in order
+                                                               │
+                        2-4 threads: preadv into pool buffers ◄┘
 
 One fill is one pool buffer and one or more reads into it: a piece of a large run, or many small runs with the short gaps
-between them. Guest bytes on a page boundary land on a page boundary of the buffer, so the writer can use O_DIRECT.
-Order within a window: DATA by layer and file offset, then ZERO by guest offset. `position` counts the bytes handed out in
+between them, from one layer or several (`images.gather`). Guest bytes on a page boundary land on a page boundary of the
+buffer, so the writer can use O_DIRECT.
+Order within a window: DATA in the order of the files, then ZERO by guest offset. `position` counts the bytes handed out in
 that order, ZERO too; the same chain gives the same order every time.
 """
 
@@ -16,40 +17,20 @@ import hashlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-
-import numpy as np
 
 from tokvm.core.disk import BufferPool, Chunk
-from tokvm.core.extents import Column, ExtentKind, ExtentMap
+from tokvm.core.extents import ExtentKind, ExtentMap
 from tokvm.core.units import KiB
-from tokvm.images.base import ReadAt
-from tokvm.images.buffers import PAGE, SharedBuffer, page_offset
+from tokvm.images.base import ReadAt, announcer
+from tokvm.images.buffers import SharedBuffer
 from tokvm.images.chain import Chain
+from tokvm.images.gather import Fill, Rows, fills, in_order
 
 THREADS = 3  # measured: 2 to 4 reach the device's limit, 8 are slower
 READ_AHEAD = 4  # fills on their way; each is one pool buffer
-_GAP = 16 * KiB  # reading through a gap of this size costs less than a second read
-
-Row = tuple[int, int, int, int]  # layer, file offset, guest offset, length
-
-
-@dataclass(slots=True)
-class _Read:
-    """One preadv: `length` bytes at `file_offset` of a layer, to `at` in the buffer."""
-
-    layer: int
-    file_offset: int
-    at: int
-    length: int
-
-
-@dataclass(slots=True)
-class _Fill:
-    """What goes into one buffer: reads, and the (guest offset, length, place in the buffer) of each chunk."""
-
-    reads: list[_Read] = field(default_factory=list)
-    pieces: list[tuple[int, int, int]] = field(default_factory=list)
+_SMALL_READ = 64 * KiB  # reads below this wait for the medium, not for its bandwidth: all of a buffer's are announced first
+_KEPT_ROWS = 1 << 19  # of merged maps, 40 bytes each: 20 MiB save walking the bitmaps two more times
+_ORDER = 2  # of positions; another one for each change in the order that rows are handed out
 
 
 class ChainReader:
@@ -59,7 +40,9 @@ class ChainReader:
         self._chain = chain
         self._pool = pool or BufferPool()
         self._total: int | None = None
+        self._windows: list[ExtentMap] | None = None
         self._files: list[ReadAt] = [layer.file for layer in chain.layers]
+        self._announce = [announcer(file) for file in self._files]
 
     @property
     def size(self) -> int:
@@ -68,7 +51,7 @@ class ChainReader:
     @property
     def fingerprint(self) -> str:
         """Of the layers' ids and sizes, and of their files' modification times where there are any."""
-        digest = hashlib.blake2b(digest_size=16)
+        digest = hashlib.blake2b(f"order {_ORDER}\n".encode(), digest_size=16)
         for layer in self._chain.layers:
             stamp = getattr(layer.file, "stamp", "")
             digest.update(f"{layer.format} {layer.identity} {layer.size} {layer.file.size} {stamp}\n".encode())
@@ -81,7 +64,21 @@ class ChainReader:
         return self._total
 
     def covered(self) -> Iterator[ExtentMap]:
-        return self._chain.windows()
+        """The merged maps: those of the first walk, when they were few enough to be kept."""
+        if self._windows is not None:
+            yield from self._windows
+            return
+        kept: list[ExtentMap] = []
+        rows = 0
+        for window in self._chain.windows():
+            rows += len(window)
+            if rows <= _KEPT_ROWS:
+                kept.append(window)
+            else:
+                kept.clear()
+            yield window
+        if rows <= _KEPT_ROWS:
+            self._windows = kept
 
     def chunks(self, position: int = 0) -> Iterator[Chunk]:
         begin = 0
@@ -96,22 +93,18 @@ class ChainReader:
         """The chunks of one window whose first byte has position `begin`, but for the first `skip` bytes."""
         data, zero = window.only(ExtentKind.DATA), window.only(ExtentKind.ZERO)
         data_bytes = int(data.length.sum())
-        order = np.lexsort((data.file_offset, data.layer))
-        rows = _skip((data.layer[order], data.file_offset[order], data.offset[order], data.length[order]), skip)
-        yield from self._data_chunks(rows, begin + min(skip, data_bytes), threads)
-        rows = _skip((zero.layer, zero.file_offset, zero.offset, zero.length), max(skip - data_bytes, 0))
+        yield from self._data_chunks(in_order(data).skip(skip), begin + min(skip, data_bytes), threads)
+        rows = Rows(zero.layer, zero.file_offset, zero.offset, zero.length).skip(max(skip - data_bytes, 0))
         position = begin + max(data_bytes, skip)
-        for offset, length in zip(rows[2].tolist(), rows[3].tolist(), strict=True):
+        for offset, length in zip(rows.offset.tolist(), rows.length.tolist(), strict=True):
             position += length
             yield Chunk(offset, length, ExtentKind.ZERO, position)
 
-    def _data_chunks(
-        self, rows: tuple[Column, Column, Column, Column], position: int, threads: ThreadPoolExecutor
-    ) -> Iterator[Chunk]:
-        fills = _fills(zip(*(column.tolist() for column in rows), strict=True), self._pool.size)
-        ahead: deque[tuple[Future[None], _Fill, SharedBuffer]] = deque()
+    def _data_chunks(self, rows: Rows, position: int, threads: ThreadPoolExecutor) -> Iterator[Chunk]:
+        planned = fills(rows, self._pool.size)
+        ahead: deque[tuple[Future[None], Fill, SharedBuffer]] = deque()
         try:
-            while self._read_ahead(fills, ahead, threads):
+            while self._read_ahead(planned, ahead, threads):
                 future, fill, buffer = ahead[0]
                 future.result()
                 ahead.popleft()
@@ -124,14 +117,14 @@ class ChainReader:
                 future.add_done_callback(lambda _, buffer=buffer: buffer.release())  # type: ignore[misc]
 
     def _read_ahead(
-        self, fills: Iterator[_Fill], ahead: deque[tuple[Future[None], _Fill, SharedBuffer]], threads: ThreadPoolExecutor
+        self, planned: Iterator[Fill], ahead: deque[tuple[Future[None], Fill, SharedBuffer]], threads: ThreadPoolExecutor
     ) -> bool:
         """Start reads while buffers are free; wait for one only when nothing is on its way. False at the end."""
         while len(ahead) < READ_AHEAD:
             got = self._pool.try_acquire() if ahead else self._pool.acquire()
             if got is None:
                 break
-            fill = next(fills, None)
+            fill = next(planned, None)
             if fill is None:
                 got[1]()
                 break
@@ -139,16 +132,20 @@ class ChainReader:
             ahead.append((threads.submit(self._fill, fill, buffer.view), fill, buffer))
         return bool(ahead)
 
-    def _fill(self, fill: _Fill, view: memoryview) -> None:
-        for read in fill.reads:
-            self._files[read.layer].read_into(read.file_offset, view[read.at : read.at + read.length])
+    def _fill(self, fill: Fill, view: memoryview) -> None:
+        if len(fill.reads) > 1:
+            for layer, file_offset, _, length in fill.reads:
+                if length < _SMALL_READ:
+                    self._announce[layer](file_offset, length)
+        for layer, file_offset, at, length in fill.reads:
+            self._files[layer].read_into(file_offset, view[at : at + length])
 
     def close(self) -> None:
         for file in self._files:
             file.close()
 
 
-def _cut(fill: _Fill, buffer: SharedBuffer, position: int) -> Iterator[Chunk]:
+def _cut(fill: Fill, buffer: SharedBuffer, position: int) -> Iterator[Chunk]:
     """The chunks of a buffer that was read; it goes back when all that were taken are released."""
     view, release = buffer.view, buffer.release
     try:
@@ -158,55 +155,3 @@ def _cut(fill: _Fill, buffer: SharedBuffer, position: int) -> Iterator[Chunk]:
             yield Chunk(offset, length, ExtentKind.DATA, position, view[at : at + length], release)
     finally:
         buffer.release()
-
-
-def _skip(rows: tuple[Column, Column, Column, Column], count: int) -> tuple[Column, Column, Column, Column]:
-    """The rows without their first `count` bytes."""
-    layer, file_offset, offset, length = rows
-    ends = np.cumsum(length)
-    first = int(np.searchsorted(ends, count, side="right"))
-    layer, file_offset, offset, length = (column[first:].copy() for column in rows)
-    if len(length):
-        done = count - int(ends[first - 1]) if first else count
-        file_offset[0] += done
-        offset[0] += done
-        length[0] -= done
-    return layer, file_offset, offset, length
-
-
-def _fills(rows: Iterator[Row], size: int) -> Iterator[_Fill]:
-    """Pack rows, in order, into buffers of `size` bytes. A row is cut only where a buffer ends."""
-    fill = _Fill()
-    used = 0
-    for layer, start, guest, whole in rows:
-        file_offset, offset, length = start, guest, whole
-        while length:
-            last = fill.reads[-1] if fill.reads else None
-            at, gap = _place(last, layer, file_offset, offset, used, size)
-            room = size - at
-            if room <= 0 or (fill.reads and length > room):
-                yield fill
-                fill, used = _Fill(), 0
-                continue
-            take = min(length, room)
-            if last is not None and gap >= 0:
-                last.length += gap + take
-            else:
-                fill.reads.append(_Read(layer, file_offset, at, take))
-            fill.pieces.append((offset, take, at))
-            used = at + take
-            file_offset, offset, length = file_offset + take, offset + take, length - take
-    if fill.reads:
-        yield fill
-
-
-def _place(last: _Read | None, layer: int, file_offset: int, offset: int, used: int, size: int) -> tuple[int, int]:
-    """(place in the buffer, gap): where the bytes of guest `offset` go.
-
-    gap: bytes between the last read's end and these when one read can take both, else -1.
-    """
-    if last is not None and last.layer == layer:
-        gap = file_offset - (last.file_offset + last.length)
-        if 0 <= gap <= _GAP and (used + gap) % PAGE == page_offset(offset, size):
-            return used + gap, gap
-    return -(-used // PAGE) * PAGE + page_offset(offset, size) if used else page_offset(offset, size), -1

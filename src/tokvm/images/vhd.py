@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from tokvm.core.extents import Column, ExtentMap
-from tokvm.images.base import MAX_ROWS, WINDOW, ReadAt
+from tokvm.images.base import MAX_ROWS, WINDOW, ReadAt, announcer
 from tokvm.images.raw import linear_map
 from tokvm.images.vhd_blocks import BlockTable, Rows, structures_of
 from tokvm.images.vhd_footer import FoundFooter, find_footer
@@ -115,8 +115,10 @@ class VhdLayer:
         width = table.bitmap_bytes
         raw = bytearray(width * len(blocks))
         view = memoryview(raw)
-        read_into = self.file.read_into
-        for place, at in zip(range(0, len(raw), width), table.start[blocks].tolist(), strict=True):
+        places, announce, read_into = table.start[blocks].tolist(), announcer(self.file), self.file.read_into
+        for at in places:
+            announce(at, width)
+        for place, at in zip(range(0, len(raw), width), places, strict=True):
             read_into(at, view[place : place + width])
         return np.frombuffer(raw, np.uint8).reshape(len(blocks), width)
 

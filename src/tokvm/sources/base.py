@@ -39,8 +39,8 @@ class Source(Protocol):
 
     def inspect(self, uuid: str) -> VirtualMachine: ...
 
-    def check(self, vm: VirtualMachine) -> list[Finding]:
-        """Every blocker and warning, before the first byte is copied."""
+    def check(self, vm: VirtualMachine, *, owner: str = "") -> list[Finding]:
+        """Every blocker and warning, before the first byte is copied. A claim by `owner` is none."""
         ...
 
     def claim(self, uuid: str, owner: str) -> str:

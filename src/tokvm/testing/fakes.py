@@ -101,6 +101,7 @@ class World:
     target_linked: bool = True
     target_ever_ran: bool = False
     loss_accepted: bool = False
+    morphed: bool = False
     save_to: Path | None = None
     snapshots: dict[str, tuple[Snapshot, list[bytes], list[dict[int, int]]]] = field(default_factory=dict)
     changed: list[dict[int, int]] = field(default_factory=list)
@@ -274,7 +275,7 @@ class FakeSource:
         self._known(uuid)
         return self.world.call("inspect", self.world.machine)
 
-    def check(self, vm: VirtualMachine) -> list[Finding]:
+    def check(self, vm: VirtualMachine, *, owner: str = "") -> list[Finding]:
         self._known(vm.uuid)
         return self.world.call("check", list)
 
@@ -426,6 +427,8 @@ class FakeTarget:
     def __init__(self, world: World, index: int) -> None:
         if world.target_on:
             raise TargetError("the target is in use by a running VM", where=f"target-{index}", fix="stop it")
+        if world.morphed:
+            world.violations.append("a pass was written over a morphed disk")
         self._world = world
         self._index = index
         self.size = len(world.targets[index])
@@ -507,6 +510,19 @@ class FakeHost:
 
     def _call(self, name: str, act: Callable[[], T]) -> T:
         return self.world.call(name, act, lost=DomainError)
+
+
+class FakeMorpher:
+    """A Morpher that only remembers whether the synced bytes are still what the target holds."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    def morph(self, plan: DomainPlan) -> None:
+        self.world.call("morph", lambda: setattr(self.world, "morphed", True), lost=TargetError)
+
+    def undo(self) -> None:
+        self.world.call("morph.undo", lambda: setattr(self.world, "morphed", False), lost=TargetError)
 
 
 def fake_plan(world: World) -> DomainPlan:

@@ -68,8 +68,8 @@ def fence(work: Work) -> None:
 
 
 def require_off(work: Work) -> bool:
-    """True: off by two witnesses, fenced, nothing pending. False: it was off but not fenced, so it may have run; it is fenced
-    now and the journal is back in FENCED, for another final delta. SourceRuns when it is on."""
+    """True: off by two witnesses, fenced, nothing pending. False: it was off but not fenced, so it may have run; the journal
+    is back in FENCED, for another final delta, and it is fenced again. SourceRuns when it is on."""
     if work.just_proved:
         work.just_proved = False
         return True
@@ -77,10 +77,9 @@ def require_off(work: Work) -> bool:
         case Standing.OFF_AND_FENCED:
             return True
         case Standing.OFF_NOT_FENCED:
-            fence(work)
-            if work.doors.morpher is not None:
-                work.doors.morpher.undo()
+            # recorded first: were it fenced first and this run killed, the next one would find all well and the copy stale
             work.advance(Event.REFENCED, "the fence was gone; the final delta is taken again")
+            fence(work)
             return False
         case _:
             raise SourceRuns(

@@ -33,9 +33,9 @@ def make(work: Work, vm: VirtualMachine, intended: SnapshotRecord) -> SnapshotRe
             log.warning("migration %s: reply to snapshot %s lost: %s", work.id, intended.mark, lost.what)
             work.sleep(work.options.poll_s)
     work.book.snapshot_made(intended.number, snapshot)
-    missing = {disk.key for disk in work.book.disks()} - snapshot.disks.keys()
-    if missing:
-        what = f"the snapshot {intended.mark} lacks the disk {sorted(missing)[0]}"
+    changed = {disk.key for disk in work.book.disks()} ^ snapshot.disks.keys()
+    if changed:
+        what = f"the snapshot {intended.mark} has other disks than the migration: {sorted(changed)[0]} came or went"
         raise Blocked(what, where=work.name, fix="were the VM's disks changed? `tokvm check` shows them")
     return next(one for one in work.book.snapshots() if one.number == intended.number)
 
@@ -91,6 +91,9 @@ def remove_all(work: Work) -> int:
     for snapshot in there:
         work.doors.source.remove_snapshot(work.uuid, snapshot)
     for record in work.book.snapshots():
-        if record.state is not SnapshotState.REMOVED:
+        if record.state is SnapshotState.MADE:
+            # Again, though it is listed no more: a removal that was interrupted may have left its disks behind.
+            remove(work, record)
+        elif record.state is SnapshotState.INTENDED:
             work.book.snapshot_removed(record.number)
     return len(there)

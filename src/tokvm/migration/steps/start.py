@@ -60,16 +60,20 @@ def start_once(work: Work) -> bool:
 
 
 def _require_startable(work: Work) -> None:
-    """Unless the source is off and fenced: no start sent before can land any more, and an error says who decides."""
+    """Unless the source is off and fenced: no start sent before can land any more, and an error says who decides.
+
+    A fence that is gone is not set again here while no start was sent: the copy is stale, and the rollback that follows must be
+    found necessary by the next run too, should this one be killed before it is recorded.
+    """
     found = standing(work)
     if found is Standing.OFF_AND_FENCED:
         return
-    if found is Standing.OFF_NOT_FENCED:
-        fence(work)
     if not _revoke(work):
         work.doors.host.define(work.plan())
         return
     if work.record.target_ran is not TargetRan.NO:
+        if found is Standing.OFF_NOT_FENCED:
+            fence(work)
         what = f"the source was {found.value} after the target may have run: either copy may hold the newer bytes"
         raise NeedsPerson(what, where=work.name, fix=choose(work))
     raise SourceRuns(f"the source was {found.value} right before the start", where=work.name, fix="cut over again")

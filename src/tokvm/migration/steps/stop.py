@@ -40,6 +40,7 @@ def prepare(work: Work) -> None:
         work.step("finish the pass that was interrupted")
         at = begun.snapshot if begun.snapshot.state is SnapshotState.MADE else make(work, vm, begun.snapshot)
         copy_round(work, vm, at, base)
+        survey(work)
     refuse_running_target(work)
     work.doors.host.domain_xml(work.plan())
     _refuse_long_downtime(work)

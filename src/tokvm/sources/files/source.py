@@ -81,7 +81,7 @@ class FilesSource:
             )
         return vm
 
-    def check(self, vm: VirtualMachine) -> list[Finding]:
+    def check(self, vm: VirtualMachine, *, owner: str = "") -> list[Finding]:
         found = [
             Finding(
                 Severity.WARNING,

@@ -51,8 +51,8 @@ class XenServerSource:
     def inspect(self, uuid: str) -> VirtualMachine:
         return inventory.inspect(self._xe, self._known(uuid))
 
-    def check(self, vm: VirtualMachine) -> list[Finding]:
-        return check.findings(self._xe, vm, self._own)
+    def check(self, vm: VirtualMachine, *, owner: str = "") -> list[Finding]:
+        return check.findings(self._xe, vm, self._own | {owner})
 
     def claim(self, uuid: str, owner: str) -> str:
         holder = claims.claim(self._xe, self._known(uuid), owner)
