@@ -32,8 +32,12 @@ AT_REST = {
 
 def run(rig: Any, **die: Any) -> TokvmError | Death | None:
     """One process: how it ended."""
+    return attempt(rig, lambda: rig.migration(**die).cutover(**OPTIONS))
+
+
+def attempt(rig: Any, command: Callable[[], object]) -> TokvmError | Death | None:
     try:
-        rig.migration(**die).cutover(**OPTIONS)
+        command()
     except (TokvmError, Death) as ended:
         if isinstance(ended, Death):
             rig.world.lose_power()
@@ -47,7 +51,7 @@ def resume(rig: Any, runs: int = 6) -> None:
         ended = run(rig)
         if isinstance(ended, NeedsPerson) and not rig.world.violations:
             rig.world.loss_accepted = True
-            rig.migration().rollback(accept_data_loss=True, settle_s=10.0)
+            attempt(rig, lambda: rig.migration().rollback(accept_data_loss=True, settle_s=10.0))
         if rig.phase in AT_REST and rig.phase is not Phase.COPY:
             return
 

@@ -142,7 +142,7 @@ class Job:
         self, *, budget_s: float | None, force_off: bool, deadline_s: float, proof_s: float, probe: str | None = None
     ) -> CutoverReport:
         """The cutover, after libvirt was asked whether it could run the VM: better now than with the source off."""
-        if self._book.phase is Phase.COPY:
+        if self._book.phase is Phase.COPY and self.migration.status().passes_done:
             self._refuse_unrunnable()
         migration = self._migration(probe) if probe else self.migration
         return migration.cutover(budget_s=budget_s, force_off=force_off, deadline_s=deadline_s, proof_s=proof_s)

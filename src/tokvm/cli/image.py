@@ -12,7 +12,7 @@ from tokvm.cli.output import print_fields, print_json, print_table
 from tokvm.cli.reporters import Reporter
 from tokvm.core.units import format_bytes
 
-image = typer.Typer(help="Look at disk images and convert them.", no_args_is_help=True)
+image = typer.Typer(help="Look at disk images and convert them.", no_args_is_help=True, rich_markup_mode=None)
 
 Images = Annotated[list[str], typer.Argument(help="Image files, base first, then each child.", metavar="BASE [CHILD]…")]
 OneImage = Annotated[str, typer.Argument(help="An image file.", metavar="IMAGE")]

@@ -12,7 +12,7 @@ from tokvm.cli.output import print_fields, print_json
 from tokvm.core.errors import UsageError
 from tokvm.lab.settings import LabSettings
 
-lab = typer.Typer(help="Try tokvm on an embedded hypervisor with a real guest.", no_args_is_help=True)
+lab = typer.Typer(help="Try tokvm on an embedded hypervisor with a real guest.", no_args_is_help=True, rich_markup_mode=None)
 
 SourceName = Annotated[str, typer.Option("--source", help="The hypervisor to play: xenserver.")]
 Guests = Annotated[int, typer.Option("--guests", help="How many VMs run and are migrated, one after the other.", min=1)]

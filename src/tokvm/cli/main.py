@@ -28,6 +28,7 @@ cli = typer.Typer(
     help="Move virtual machines to KVM while they keep running.",
     epilog="A first look: tokvm ls xenserver://root@HOST, then tokvm check, sync, cutover, finish. Exit codes: docs/errors.md.",
     no_args_is_help=True,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
