@@ -15,6 +15,10 @@ from benchmarks.measure import BenchmarkError, Result, Variant, alternate, evict
 
 KERNEL = "kernel: copy_file_range + fsync"
 KERNEL_DEVICE = "kernel: sendfile + fsync"
+CP = "kernel: cp --sparse=never + fsync"
+QEMU = "qemu-img convert + fsync"
+PASS = "tokvm pass"
+PASS_ALONE = "tokvm pass, no manifest"
 TUNED = ("-t", "none", "-T", "none", "-W", "-m", "16")
 
 
@@ -26,12 +30,12 @@ def to_file(chain: Chain, folder: Path, *, repeats: int, tell: Callable[[str], N
     sync, convert = ("sync", str(target)), ("qemu-img", "convert", "-f", "vpc", "-O", "raw")
     variants = [
         Variant(KERNEL, (worker("kernel", str(target), chain.flat_vhd),), before),
-        Variant("kernel: cp --sparse=never + fsync", (_cp(chain.flat_vhd, target), sync), before),
+        Variant(CP, (_cp(chain.flat_vhd, target), sync), before),
         Variant("kernel: O_DIRECT read and write, 4 MiB", (worker("direct", str(target), chain.flat_vhd),), before),
-        Variant("qemu-img convert + fsync", ((*convert, "-t", "writeback", chain.flat_vhd, str(target)), sync), before),
+        Variant(QEMU, ((*convert, "-t", "writeback", chain.flat_vhd, str(target)), sync), before),
         Variant("qemu-img convert, tuned + fsync", ((*convert, *TUNED, chain.flat_vhd, str(target)), sync), before),
-        Variant("tokvm pass", (worker("pass", str(target), str(manifest), *chain.layers),), before, once),
-        Variant("tokvm pass, no manifest", (worker("pass", str(target), "-", *chain.layers),), before),
+        Variant(PASS, (worker("pass", str(target), str(manifest), *chain.layers),), before, once),
+        Variant(PASS_ALONE, (worker("pass", str(target), "-", *chain.layers),), before),
     ]
     try:
         return alternate(variants, repeats=repeats, payload=chain.payload, tell=tell)
@@ -50,11 +54,12 @@ def to_device(chain: Chain, folder: Path, *, repeats: int, tell: Callable[[str],
     convert = ("qemu-img", "convert", "-n", "-f", "vpc", "-O", "raw")
     variants = [
         Variant(KERNEL_DEVICE, (worker("kernel", device, chain.flat_vhd),), before),
+        Variant(CP, (_cp(chain.flat_vhd, Path(device)), ("sync", device)), before),
         Variant("kernel: O_DIRECT read and write, 4 MiB", (worker("direct", device, chain.flat_vhd),), before),
-        Variant("qemu-img convert + fsync", ((*convert, "-t", "writeback", chain.flat_vhd, device), ("sync", device)), before),
+        Variant(QEMU, ((*convert, "-t", "writeback", chain.flat_vhd, device), ("sync", device)), before),
         Variant("qemu-img convert, tuned + fsync", ((*convert, *TUNED, chain.flat_vhd, device), ("sync", device)), before),
-        Variant("tokvm pass", (worker("pass", device, str(manifest), *chain.layers),), before, once),
-        Variant("tokvm pass, no manifest", (worker("pass", device, "-", *chain.layers),), before),
+        Variant(PASS, (worker("pass", device, str(manifest), *chain.layers),), before, once),
+        Variant(PASS_ALONE, (worker("pass", device, "-", *chain.layers),), before),
     ]
     try:
         return alternate(variants, repeats=repeats, payload=chain.payload, tell=tell)

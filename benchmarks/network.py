@@ -11,6 +11,9 @@ from tokvm.testing.sshd import Sshd
 
 CAT = "ssh HOST cat, thrown away"
 CAT_TO_FILE = "ssh HOST cat > file + fsync"
+SFTP = "tokvm SFTP reader, thrown away"
+STREAM = "tokvm VHD stream, thrown away"
+STREAM_PASS = "tokvm stream pass to a file"
 
 
 def over_ssh(vhd: Path, folder: Path, *, repeats: int, tell: Callable[[str], None]) -> list[Result]:
@@ -25,10 +28,10 @@ def over_ssh(vhd: Path, folder: Path, *, repeats: int, tell: Callable[[str], Non
 
         variants = [
             Variant(CAT, (cat,), lambda: _warm(vhd)),
-            Variant("tokvm SFTP reader, thrown away", (worker("sftp", *remote),)),
-            Variant("tokvm VHD stream, thrown away", (worker("stream", *remote),)),
+            Variant(SFTP, (worker("sftp", *remote),)),
+            Variant(STREAM, (worker("stream", *remote),)),
             Variant(CAT_TO_FILE, (cat, ("sync", str(target))), fresh, stdout=str(target)),
-            Variant("tokvm stream pass to a file", (worker("stream-pass", *remote, str(target), str(manifest)),), fresh),
+            Variant(STREAM_PASS, (worker("stream-pass", *remote, str(target), str(manifest)),), fresh),
             Variant("tokvm stream pass, no manifest", (worker("stream-pass", *remote, str(target), "-"),), fresh),
         ]
         try:

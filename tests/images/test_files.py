@@ -112,3 +112,20 @@ def test_a_block_device_has_its_size_and_bytes(loop_device: Path, tmp_path: Path
     assert file.stamp == ""
     assert read(file, 4096, 65536) == (tmp_path / "backing").read_bytes()[4096 : 4096 + 65536]
     file.close()
+
+
+def test_the_page_cache_is_asked_what_it_holds(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(bytes(range(256)) * 4096)
+    file = open_file(path)
+    os.fsync(file.fileno())
+    assert is_cached(file.fileno(), 512, 65536)
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if is_cached(file.fileno(), 0, 1 << 20):
+        pytest.skip("this filesystem lives in the page cache")
+    buffer = memoryview(mmap.mmap(-1, 1 << 20))
+    file.read_into(512, buffer[: (1 << 20) - 1024])
+    assert bytes(buffer[:256]) == bytes(range(256))
+    assert not is_cached(file.fileno(), 65536, 65536)
+    file.will_read(0, 4096)
+    file.close()

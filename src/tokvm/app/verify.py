@@ -58,7 +58,10 @@ def verify_job(shop: Workshop, name: str, watcher: Watcher, *, sample: float | N
         passes = book.passes()
         verdicts = []
         for disk in book.disks():
-            numbers = [p.number for p in passes if p.disk == disk.index and p.state is not PassState.VOID]
+            if any(one.disk == disk.index and one.state is PassState.RUNNING for one in passes):
+                what = "a pass was interrupted, so what it wrote is not all written down yet"
+                raise UsageError(what, where=disk.path, fix="finish it with tokvm sync, then verify")
+            numbers = [p.number for p in passes if p.disk == disk.index and p.state is PassState.DONE]
             paths = [manifest_path(shop.state_dir, record.id, number, disk.index) for number in sorted(numbers)]
             paths = [path for path in paths if path.exists()]
             if not paths:

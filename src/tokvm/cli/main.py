@@ -55,7 +55,7 @@ cli.add_typer(lab, name="lab")
 
 def main() -> None:
     try:
-        cli()
+        cli(prog_name="tokvm")
     except TokvmError as error:
         print_error(error)
         sys.exit(error.exit_code)
