@@ -13,6 +13,7 @@ import pytest
 from tokvm.core.errors import ImageError
 from tokvm.images.base import ReadAt
 from tokvm.images.files import open_file
+from tokvm.images.page_cache import is_cached
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,7 +107,16 @@ def test_a_run_that_is_killed_leaves_nothing_that_down_does_not_find(root: Path,
     assert list(root.iterdir()) == []
     assert qemu is not None
     assert pids.wait_gone(qemu)
-    assert [str(file) for file in Path("/proc").glob("[0-9]*/cmdline") if str(place).encode() in read_if_there(file)] == []
+    until = time.monotonic() + 10  # what was killed is gone as soon as the kernel comes to it
+    while (left := named_in_processes(str(place))) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert left == []
+
+
+def named_in_processes(text: str) -> list[str]:
+    """Command lines in which `text` occurs."""
+    found = (read_if_there(file) for file in Path("/proc").glob("[0-9]*/cmdline"))
+    return [line.decode(errors="replace") for line in found if text.encode() in line]
 
 
 def read_if_there(file: Path) -> bytes:

@@ -196,7 +196,7 @@ def test_one_of_many_racing_runs_wins(tmp_path: Path) -> None:
         children.append(child)
     os.close(gate[0])
     os.close(gate[1])
-    losers = [os.WEXITSTATUS(os.wait()[1]) for _ in range(11)]
+    losers = [os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(11)]
     winner = next(child for child in children if Path(f"/proc/{child}").exists() and not _reaped(child))
     os.kill(winner, signal.SIGKILL)
     os.waitpid(winner, 0)
