@@ -14,18 +14,25 @@ dev_packages=(git strace libvhdi-utils python3-libvhdi nbdkit)
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 
-as_root() {
-    if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@" || die "this needs root; run it as root or allow sudo for: $*"; fi
+as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
+
+# Ask for the password once, in sight, before anything's output goes to a log.
+need_root() {
+    [ "$(id -u)" = 0 ] && return
+    command -v sudo >/dev/null || die "this needs root: run it as root, or install these yourself: $*"
+    if [ -t 0 ]; then sudo -v; else sudo -n true; fi || die "this needs root, and sudo said no; install these yourself: $*"
 }
 
 need_packages() {
-    local missing=() package
+    local missing=() package there
+    there=" $(dpkg-query -W -f='${db:Status-Status}:${Package} ' "$@" 2>/dev/null || true)"
     for package in "$@"; do
-        dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed || missing+=("$package")
+        [[ $there == *" installed:$package "* ]] || missing+=("$package")
     done
     [ ${#missing[@]} = 0 ] && return
     command -v apt-get >/dev/null || die "this is no Debian or Ubuntu; install these yourself: ${missing[*]}"
-    say "installing ${missing[*]}"
+    need_root "${missing[*]}"
+    say "installing ${missing[*]} (on a host with systemd, sshd and libvirtd start when they are installed)"
     local log try
     log=$(mktemp)
     for try in 1 2 3; do
@@ -43,6 +50,15 @@ need_packages() {
     die "apt-get could not install: ${missing[*]}"
 }
 
+# Made here (not moved), from today's /usr/bin/python3, seeing the distribution's bindings, with a pip that works.
+venv_is_ours() {
+    local version
+    version=$(/usr/bin/python3 -c 'import platform; print(platform.python_version())')
+    [ -x "$1/bin/python" ] && grep -qx "version = $version" "$1/pyvenv.cfg" &&
+        grep -qx 'include-system-site-packages = true' "$1/pyvenv.cfg" &&
+        [ "$(head -n 1 "$1/bin/pip" 2>/dev/null)" = "#!$1/bin/python3" ] && "$1/bin/python" -m pip --version >/dev/null 2>&1
+}
+
 # need_venv STAMP-NAME REQUIREMENTS-FILE...: .venv from the distribution's Python (its bindings import), pinned and hashed.
 need_venv() {
     local name=$1 venv=$setup_root/.venv stamp want
@@ -51,7 +67,7 @@ need_venv() {
     want=$( (cd "$setup_root" && cat "$@" pyproject.toml scripts/setup.sh && /usr/bin/python3 --version && echo "$setup_root") | sha256sum | cut -d' ' -f1)
     [ -x "$venv/bin/tokvm" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && return
     say "making .venv ($name)"
-    [ -x "$venv/bin/python" ] || /usr/bin/python3 -m venv --system-site-packages "$venv" || die "cannot make $venv"
+    venv_is_ours "$venv" || /usr/bin/python3 -m venv --clear --system-site-packages "$venv" || die "cannot make $venv"
     local files=() file
     for file in "$@"; do files+=(-r "$setup_root/$file"); done
     "$venv/bin/python" -m pip install -q --disable-pip-version-check --require-hashes "${files[@]}" || die "pip could not install $*"

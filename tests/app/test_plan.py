@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokvm.app.plan import Plan, SshOptions, TargetChoice, choose_targets, pairs, safe_name
+from tokvm.app.plan import Plan, SshOptions, TargetChoice, choose_targets, merged, pairs, safe_name, unmapped
+from tokvm.app.probe import proof_of
+from tokvm.app.state import prepare_state_dir
 from tokvm.core.errors import UsageError
-from tokvm.core.machine import Disk, DiskBus, VirtualMachine
+from tokvm.core.machine import Disk, DiskBus, Nic, VirtualMachine
 
 
 def machine(disks: int, name: str = "web1") -> VirtualMachine:
@@ -63,3 +66,66 @@ def test_pairs_divide_at_the_last_sign() -> None:
     assert pairs(["a=b=bridge:br0", "*=user"], "--network") == {"a=b": "bridge:br0", "*": "user"}
     with pytest.raises(UsageError, match="NAME=VALUE"):
         pairs(["nothing"], "--network")
+
+
+@pytest.mark.parametrize(
+    ("networks", "says"),
+    [
+        ({}, "nothing says where"),
+        ({"LAN": "user", "DMZ": "user"}, "no network 'DMZ'"),
+        ({"*": "bogus"}, "no place"),
+        ({"LAN": "bridge:"}, "no place"),
+    ],
+)
+def test_nics_are_mapped_before_anything_is_copied(networks: dict[str, str], says: str) -> None:
+    vm = machine(1)
+    wired = VirtualMachine(vm.uuid, vm.name, 1, vm.memory, vm.disks, nics=(Nic(0, "02:00:00:00:00:01", "LAN"),))
+    assert any(says in finding.what for finding in unmapped(wired, networks))
+    assert unmapped(wired, {"*": "network:default"}) == unmapped(wired, {"LAN": "none"}) == []
+    assert unmapped(vm, {}) == []
+
+
+def test_what_is_not_said_again_stays_and_a_new_key_is_believed_once() -> None:
+    first = SshOptions(identity="/k", known_hosts="/h", accept_new_host_key=True)
+    kept = Plan("xenserver://h", (), ssh=first).kept().ssh
+    assert not kept.accept_new_host_key
+    again = merged(kept, SshOptions(config_file="/c"))
+    assert (again.identity, again.known_hosts, again.config_file) == ("/k", "/h", "/c")
+    assert not again.accept_new_host_key
+
+
+def test_odd_paths_are_refused_before_they_reach_the_journal() -> None:
+    for path in ("/x\udcff", "/x\ny", "/x\x1b[31m"):
+        with pytest.raises(UsageError, match="plain path"):
+            choose_targets(machine(1), [path], {})
+
+
+def test_overwrite_is_understood_for_relative_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (chosen,) = choose_targets(machine(1), ["disk.raw"], {"disk.raw": "17"})
+    assert chosen == TargetChoice(str(tmp_path / "disk.raw"), "17")
+
+
+@pytest.mark.parametrize("text", ["tcp:host", "tcp::80", "udp:host:80", "tcp:host:0", "tcp:host:99999", "x"])
+def test_a_probe_that_makes_no_sense_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="tcp:HOST:PORT"):
+        proof_of(text)
+
+
+def test_a_port_that_answers_is_a_sign_of_life() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        sign = proof_of(f"tcp:127.0.0.1:{port}")
+        assert sign is not None
+        assert sign()
+    assert not sign()
+    assert proof_of(None) is None
+
+
+def test_a_state_directory_that_others_could_change_is_refused(tmp_path: Path) -> None:
+    open_to_all = tmp_path / "open"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    with pytest.raises(UsageError, match="changed by others"):
+        prepare_state_dir(open_to_all)
+    assert prepare_state_dir(tmp_path / "new").stat().st_mode & 0o777 == 0o700

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
-from tokvm.app.plan import Plan, Request, SshOptions, TargetChoice, domain_plan, new_plan
+from tokvm.app.plan import Plan, Request, SshOptions, TargetChoice, domain_plan, new_plan, unmapped
 from tokvm.app.sources import open_source
 from tokvm.app.targets import spec_of
 from tokvm.core.errors import Blocked, DomainError, TargetError
@@ -66,7 +66,7 @@ def check(url: str, name: str, request: Request, note: Note) -> CheckReport:
         findings = list(source.check(vm))
         plan = new_plan(source.url, vm, request) if request.to else None
     if plan is not None:
-        findings += [*check_targets(vm, plan.targets), *check_libvirt(vm, plan)]
+        findings += [*check_targets(vm, plan.targets), *unmapped(vm, plan.networks), *check_libvirt(vm, plan)]
     return CheckReport(vm, () if plan is None else plan.targets, tuple(findings))
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from tokvm.core.errors import UsageError
-from tokvm.core.machine import DiskBus, VirtualMachine
+from tokvm.core.machine import DiskBus, Finding, Severity, VirtualMachine
 from tokvm.domain.base import DomainPlan, TargetDisk
 
 DEFAULT_LIBVIRT = "qemu:///system"
@@ -46,6 +46,10 @@ class Plan:
     domain: str = ""
     rate_limit: float | None = None
 
+    def kept(self) -> Plan:
+        """As it is stored: a host key is believed anew only when the operator says so again."""
+        return replace(self, ssh=replace(self.ssh, accept_new_host_key=False))
+
     def to_json(self) -> dict[str, object]:
         return asdict(self)
 
@@ -72,6 +76,40 @@ class Request:
     machine: str | None = None
     bus: DiskBus | None = None
     rate_limit: float | None = None
+
+
+def merged(known: SshOptions, said: SshOptions) -> SshOptions:
+    """What was said now, and for the rest what the migration began with."""
+    return SshOptions(
+        identity=said.identity or known.identity,
+        config_file=said.config_file or known.config_file,
+        known_hosts=said.known_hosts or known.known_hosts,
+        accept_new_host_key=said.accept_new_host_key,
+        progress_deadline_s=said.progress_deadline_s,
+    )
+
+
+def unmapped(vm: VirtualMachine, networks: dict[str, str]) -> list[Finding]:
+    """NICs that nobody said where to plug in, and places that are none: asked before the copy, not before the start."""
+    known = sorted({nic.network for nic in vm.nics})
+    findings = [
+        Finding(
+            Severity.BLOCKER,
+            f"nothing says where the source's network {name!r} goes",
+            f"give --network '{name}=network:NAME' (or bridge:NAME, user, none), or --network '*=…' for all",
+        )
+        for name in known
+        if name not in networks and "*" not in networks
+    ]
+    for name, place in networks.items():
+        if name != "*" and name not in known:
+            findings.append(
+                Finding(Severity.BLOCKER, f"the VM has no network {name!r}", f"it has {', '.join(known) or 'none'}")
+            )
+        if not re.fullmatch(r"user|none|(network|bridge):.+", place, re.DOTALL):
+            what = f"{place!r} is no place to plug a NIC in"
+            findings.append(Finding(Severity.BLOCKER, what, "write network:NAME, bridge:NAME, user or none"))
+    return findings
 
 
 def new_plan(source_url: str, vm: VirtualMachine, request: Request) -> Plan:
@@ -116,12 +154,21 @@ def choose_targets(vm: VirtualMachine, to: list[str], overwrite: dict[str, str])
         )
     if len(set(paths)) != len(paths):
         raise UsageError("two disks were given the same target", fix="give each disk a path of its own")
+    for path in paths:
+        refuse_odd_path(path)
+    overwrite = {str(Path(path).absolute()): given for path, given in overwrite.items()}
     unknown = set(overwrite) - set(paths)
     if unknown:
         raise UsageError(
             f"--overwrite names {sorted(unknown)[0]!r}, which is no target here", fix="repeat the path given to --to"
         )
     return tuple(TargetChoice(path, overwrite.get(path)) for path in paths)
+
+
+def refuse_odd_path(path: str) -> None:
+    """Paths go into the journal and into libvirt's XML, which hold text."""
+    if not path.isprintable() or any(0xD800 <= ord(c) < 0xE000 for c in path):
+        raise UsageError(f"{path!r} holds characters that no XML can", fix="give the target a plain path")
 
 
 def pairs(texts: list[str], option: str) -> dict[str, str]:

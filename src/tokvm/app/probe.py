@@ -10,8 +10,10 @@ from tokvm.core.errors import UsageError
 TIMEOUT_S = 2.0
 
 
-def proof_of(text: str) -> Callable[[], bool]:
-    """The question behind `--probe`. UsageError when nobody understands it."""
+def proof_of(text: str | None) -> Callable[[], bool] | None:
+    """The question behind `--probe`; None without one. UsageError when nobody understands it."""
+    if text is None:
+        return None
     kind, _, rest = text.partition(":")
     host, _, port = rest.rpartition(":")
     if kind != "tcp" or not host or not port.isdigit() or not 0 < int(port) < 65536:

@@ -6,15 +6,14 @@ Workshop.resume(NAME) ─────────────────┴─�
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 from tokvm.app.inventory import check_targets, reached
-from tokvm.app.plan import Plan, Request, domain_plan, new_plan
-from tokvm.app.probe import proof_of
+from tokvm.app.plan import Plan, Request, domain_plan, merged, new_plan, unmapped
 from tokvm.app.state import default_state_dir, manifest_path, prepare_state_dir
 from tokvm.app.targets import spec_of
 from tokvm.core.disk import DiskWriter
@@ -71,7 +70,7 @@ class Workshop:
             known = self.journal.open_for(source.url, vm.uuid)
             plan = _plan_of(known, request) if known else new_plan(source.url, vm, request)
             known_owner = known.owner if known else ""
-            findings = tuple(source.check(vm, owner=known_owner))
+            findings = (*source.check(vm, owner=known_owner), *unmapped(vm, plan.networks))
             if known is None:
                 findings += tuple(check_targets(vm, plan.targets))
         return Rehearsal(vm, plan, findings, _sync_steps(plan, known))
@@ -87,10 +86,10 @@ class Workshop:
                 plan = new_plan(source.url, vm, request)
                 self._refuse_blocked(vm, plan, source)
                 paths = [choice.path for choice in plan.targets]
-                record = self.journal.create(vm=vm, source=source.url, plan=plan.to_json(), targets=paths)
+                record = self.journal.create(vm=vm, source=source.url, plan=plan.kept().to_json(), targets=paths)
             else:
                 plan = _plan_of(record, request)
-                self.journal.book(record.id).replan(plan.to_json())
+                self.journal.book(record.id).replan(plan.kept().to_json())
             yield from self._job(record, plan, source)
 
     @contextmanager
@@ -102,7 +101,7 @@ class Workshop:
             yield from self._job(record, plan, source)
 
     def _refuse_blocked(self, vm: VirtualMachine, plan: Plan, source: Source) -> None:
-        findings = [*source.check(vm), *check_targets(vm, plan.targets)]
+        findings = [*source.check(vm), *check_targets(vm, plan.targets), *unmapped(vm, plan.networks)]
         for finding in findings:
             if finding.severity is Severity.WARNING:
                 self.observer.note(f"warning: {finding.what}")
@@ -139,12 +138,18 @@ class Job:
         return self.migration.sync(passes=passes, budget_s=budget_s)
 
     def cut_over(
-        self, *, budget_s: float | None, force_off: bool, deadline_s: float, proof_s: float, probe: str | None = None
+        self,
+        *,
+        budget_s: float | None,
+        force_off: bool,
+        deadline_s: float,
+        proof_s: float,
+        sign: Callable[[], bool] | None = None,
     ) -> CutoverReport:
         """The cutover, after libvirt was asked whether it could run the VM: better now than with the source off."""
         if self._book.phase is Phase.COPY and self.migration.status().passes_done:
             self._refuse_unrunnable()
-        migration = self._migration(probe) if probe else self.migration
+        migration = self._migration(sign) if sign else self.migration
         return migration.cutover(budget_s=budget_s, force_off=force_off, deadline_s=deadline_s, proof_s=proof_s)
 
     def cutover_steps(self) -> list[str]:
@@ -169,7 +174,7 @@ class Job:
             "nothing: no snapshot of ours is left"
         ]
 
-    def _migration(self, probe: str | None = None) -> Migration:
+    def _migration(self, sign: Callable[[], bool] | None = None) -> Migration:
         doors = Doors(
             source=self._source,
             open_target=self._open_target,
@@ -177,7 +182,7 @@ class Job:
             plan=self._domain_plan,
             manifest_path=self._manifest_path,
             observer=self._shop.observer,
-            proof=proof_of(probe) if probe else None,
+            proof=sign,
             limits=PassLimits(rate_limit=self._plan.rate_limit),
         )
         return Migration(self._shop.journal, self.record, doors)
@@ -218,7 +223,7 @@ def _plan_of(record: MigrationRecord, request: Request) -> Plan:
         )
     return replace(
         plan,
-        ssh=request.ssh,
+        ssh=merged(plan.ssh, request.ssh),
         networks=request.networks or plan.networks,
         libvirt=request.libvirt or plan.libvirt,
         machine=request.machine or plan.machine,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tokvm.app.probe import proof_of
 from tokvm.app.workshop import Workshop
 from tokvm.cli import options
 from tokvm.cli.output import print_json
@@ -27,15 +28,17 @@ def cutover(
         Workshop.open(state_dir, reporter) as shop,
         shop.resume(name) as job,
     ):
+        budget_s, deadline_s, proof_s = options.duration(budget), options.seconds(deadline), options.seconds(proof)
+        sign = proof_of(probe)
         if dry_run:
             print_lines(job.cutover_steps(), json=json)
             return
         report = job.cut_over(
-            budget_s=options.duration(budget),
+            budget_s=budget_s,
             force_off=force_off,
-            deadline_s=options.duration(deadline) or 300.0,
-            proof_s=options.duration(proof) or 0.0,
-            probe=probe,
+            deadline_s=deadline_s,
+            proof_s=proof_s,
+            sign=sign,
         )
         if json:
             print_json(report.to_dict())

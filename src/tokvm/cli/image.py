@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tokvm.cli import options
-from tokvm.cli.output import print_fields, print_json, print_table
+from tokvm.cli.output import print_fields, print_json, print_table, say
 from tokvm.cli.reporters import Reporter
 from tokvm.core.units import format_bytes
 
@@ -69,7 +69,9 @@ def convert(
         options.running(json=json, events=events, verbose=verbose) as reporter,
         images.open_chain(files, force_linkage=force_linkage) as chain,
     ):
-        result = images.convert(chain, target_spec(str(Path(to).absolute()), overwrite), _ConvertProgress(reporter))
+        result = images.convert(
+            chain, target_spec(str(Path(to).absolute()), _consent(overwrite, to)), _ConvertProgress(reporter)
+        )
         reporter.pass_end(0, "convert", result.data_bytes, result.seconds)
         if json:
             print_json(
@@ -82,7 +84,15 @@ def convert(
                 }
             )
         else:
-            print(f"{to}: {format_bytes(chain.size)}, of which {format_bytes(result.data_bytes)} are data")
+            say(f"{to}: {format_bytes(chain.size)}, of which {format_bytes(result.data_bytes)} are data")
+
+
+def _consent(overwrite: str | None, to: str) -> str | None:
+    """SIZE or SERIAL, also in the form PATH=SIZE that `sync` takes."""
+    if overwrite is None:
+        return None
+    path, _, given = overwrite.rpartition("=")
+    return given if path in (to, str(Path(to).absolute())) else overwrite
 
 
 class _ConvertProgress:

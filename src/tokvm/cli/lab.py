@@ -124,7 +124,13 @@ def up(
 
 
 @lab.command()
-def down(folder: Folder = None, json: options.Json = False, verbose: options.Verbose = 0) -> None:
+def down(
+    folder: Annotated[
+        Path | None, typer.Option("--folder", help="The lab to take down [all of them].", show_default=False)
+    ] = None,
+    json: options.Json = False,
+    verbose: options.Verbose = 0,
+) -> None:
     """Take a lab down (all of them without --folder), also one that a crash left behind."""
     from tokvm.lab.run import down as lab_down
 

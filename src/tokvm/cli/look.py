@@ -8,7 +8,7 @@ import typer
 
 from tokvm.app import inventory
 from tokvm.cli import options
-from tokvm.cli.output import print_fields, print_json, print_table
+from tokvm.cli.output import print_fields, print_json, print_table, say
 from tokvm.cli.requests import SshArguments, TargetArguments
 from tokvm.core.machine import Severity
 from tokvm.core.units import format_bytes
@@ -83,4 +83,4 @@ def _print_check(report: inventory.CheckReport) -> None:
     for finding in report.findings:
         word = "BLOCKER" if finding.severity is Severity.BLOCKER else "warning"
         print_fields([(word, finding.what + (f" ({finding.where})" if finding.where else "")), ("   fix", finding.fix)])
-    print("this VM cannot be migrated as it stands" if report.blocked else "nothing is in the way")
+    say("this VM cannot be migrated as it stands" if report.blocked else "nothing is in the way")

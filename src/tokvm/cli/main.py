@@ -59,10 +59,6 @@ def main() -> None:
     except TokvmError as error:
         print_error(error)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        # Whoever read our output has gone (`tokvm ls | head`): nothing more to say, and not at exit either.
-        sys.stderr.close()
-        sys.exit(0)
     except Exception:
         traceback.print_exc()
         print("tokvm: this is a defect in tokvm; nothing above says what to do, so do nothing and report it", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tokvm.app.probe import proof_of
 from tokvm.app.workshop import Workshop
 from tokvm.cli import options
 from tokvm.cli.output import print_json
@@ -11,7 +12,7 @@ from tokvm.cli.summaries import migrate_document, print_cutover, print_dry_run, 
 
 def migrate(
     source: options.SourceUrl,
-    name: options.Name,
+    name: options.VmName,
     to: options.To = None,
     passes: options.Passes = None,
     budget: options.Budget = None,
@@ -44,19 +45,19 @@ def migrate(
         options.running(json=json, events=events, verbose=verbose) as reporter,
         Workshop.open(state_dir, reporter) as shop,
     ):
-        request = target.request(ssh)
+        request, budget_s = target.request(ssh), options.duration(budget)
+        deadline_s, proof_s, sign = options.seconds(deadline), options.seconds(proof), proof_of(probe)
         if dry_run:
             print_dry_run(shop.rehearse(source, name, request), json=json)
             return
         with shop.begin(source, name, request) as job:
-            budget_s = options.duration(budget)
             synced = job.sync_unless_cutting(passes=passes, budget_s=budget_s)
             report = job.cut_over(
                 budget_s=budget_s,
                 force_off=force_off,
-                deadline_s=options.duration(deadline) or 300.0,
-                proof_s=options.duration(proof) or 0.0,
-                probe=probe,
+                deadline_s=deadline_s,
+                proof_s=proof_s,
+                sign=sign,
             )
             status = job.migration.status()
         if json:

@@ -14,7 +14,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from tokvm.cli.output import error_document, print_error, print_json
-from tokvm.cli.reporters import Reporter, choose_reporter
+from tokvm.cli.reporters import Reporter, choose_reporter, printable
 from tokvm.core.errors import TokvmError, UsageError
 from tokvm.core.units import parse_duration, parse_size
 
@@ -34,7 +34,19 @@ def _converted(parse: Callable[[str], T]) -> Callable[[str | None], T | None]:
     return convert
 
 
-duration = _converted(parse_duration)
+_duration = _converted(parse_duration)
+
+
+def duration(text: str | None) -> float | None:
+    return _duration(text)
+
+
+def seconds(text: str) -> float:
+    """A duration that was given or has a default."""
+    found = _duration(text)
+    return 0.0 if found is None else found
+
+
 size = _converted(parse_size)
 
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON document on standard output.")]
@@ -43,11 +55,16 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done;
 Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Log more (-vv: every request).", show_default=False)]
 StateDir = Annotated[
     Path | None,
-    typer.Option("--state-dir", help="Where tokvm remembers [$TOKVM_STATE_DIR, else /var/lib/tokvm].", show_default=False),
+    typer.Option(
+        "--state-dir",
+        help="Where tokvm remembers [$TOKVM_STATE_DIR, else /var/lib/tokvm; ~/.local/state/tokvm if not root].",
+        show_default=False,
+    ),
 ]
 Name = Annotated[str, typer.Argument(help="The VM's name or uuid, or the migration's id.")]
+VmName = Annotated[str, typer.Argument(help="The VM's name or uuid.", metavar="NAME")]
 SourceUrl = Annotated[
-    str, typer.Argument(help="xenserver://[user@]HOST[:PORT], or files:BASE.vhd[,CHILD.vhd…]", metavar="SOURCE")
+    str, typer.Argument(help="xenserver://[user@]HOST[:PORT] (or xcpng://…), or files:BASE.vhd[,CHILD.vhd…]", metavar="SOURCE")
 ]
 To = Annotated[
     list[str] | None,
@@ -94,6 +111,15 @@ Passes = Annotated[
     int | None,
     typer.Option("--passes", help="Passes to make, base included [until they get no smaller].", min=1, show_default=False),
 ]
+SyncBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        help="Make passes until a cutover is predicted to stop the VM for no longer than this.",
+        metavar="DURATION",
+        show_default=False,
+    ),
+]
 Budget = Annotated[
     str | None,
     typer.Option(
@@ -112,9 +138,19 @@ Probe = Annotated[
 Proof = Annotated[str, typer.Option("--proof", help="How long the target may take to show life.", metavar="DURATION")]
 
 
+class _OneLine(logging.Formatter):
+    """Records hold names and answers from outside: control characters are shown, not obeyed."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return printable(super().formatMessage(record))
+
+
 def _set_up_logging(verbose: int) -> None:
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.raiseExceptions = False  # a log that cannot be written must not be the end of a migration
 
 
 def _on_term(_number: int, _frame: FrameType | None) -> None:

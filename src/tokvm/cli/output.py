@@ -8,9 +8,15 @@ from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tokvm.cli.reporters import printable
 from tokvm.core.errors import TokvmError
+
+
+def say(line: str) -> None:
+    """One line on standard output, whatever the text in it holds."""
+    print(printable(line))
 
 
 def print_json(document: object) -> None:
@@ -28,7 +34,7 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
         return
     table = Table(*headers, box=None, pad_edge=False, header_style="bold")
     for row in texts:
-        table.add_row(*(cell.replace("[", "\\[") for cell in row))
+        table.add_row(*(Text(cell) for cell in row))
     Console().print(table)
 
 

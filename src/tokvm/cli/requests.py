@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tokvm.app.plan import Request, SshOptions, pairs
 from tokvm.cli import options
 from tokvm.core.errors import UsageError
 from tokvm.core.machine import DiskBus
+
+
+def _absolute(path: str | None) -> str | None:
+    """It is stored, and used again from wherever the next command is run."""
+    return None if path is None else str(Path(path).expanduser().absolute())
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +26,11 @@ class SshArguments:
 
     def options(self) -> SshOptions:
         return SshOptions(
-            identity=self.identity,
-            config_file=self.ssh_config,
-            known_hosts=self.known_hosts,
+            identity=_absolute(self.identity),
+            config_file=_absolute(self.ssh_config),
+            known_hosts=_absolute(self.known_hosts),
             accept_new_host_key=self.accept_new_host_key,
-            progress_deadline_s=options.duration(self.silence) or 30.0,
+            progress_deadline_s=max(1.0, options.seconds(self.silence)),
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 
 from tokvm.app.workshop import Rehearsal
-from tokvm.cli.output import print_fields, print_json, print_table
+from tokvm.cli.output import print_fields, print_json, print_table, say
 from tokvm.core.units import format_bytes, format_duration, format_rate
 from tokvm.migration.reports import CutoverReport, FinishReport, PassReport, StatusReport, SyncReport
 
@@ -30,8 +30,8 @@ def print_passes(passes: Iterable[PassReport]) -> None:
 def print_sync(report: SyncReport) -> None:
     print_passes(report.passes)
     if report.predicted_downtime_s is not None:
-        print(f"a cutover now would stop the VM for about {format_duration(report.predicted_downtime_s)}")
-    print(f"synced ({report.stopped_by}); next: tokvm cutover {report.id}, or tokvm sync again for a smaller last delta")
+        say(f"a cutover now would stop the VM for about {format_duration(report.predicted_downtime_s)}")
+    say(f"synced ({report.stopped_by}); next: tokvm cutover {report.id}, or tokvm sync again for a smaller last delta")
 
 
 def print_cutover(report: CutoverReport) -> None:
@@ -39,7 +39,7 @@ def print_cutover(report: CutoverReport) -> None:
     for part, seconds in report.downtime_s.items():
         print_fields([(f"downtime {part}", format_duration(seconds))])
     print_fields((("target", report.target), ("outcome", report.outcome), ("", report.advice)))
-    print(f"next: tokvm finish {report.id} when the VM is well; until then tokvm rollback {report.id} is possible")
+    say(f"next: tokvm finish {report.id} when the VM is well; until then tokvm rollback {report.id} is possible")
 
 
 def print_status(status: StatusReport) -> None:
@@ -56,13 +56,13 @@ def print_status(status: StatusReport) -> None:
     print_passes(status.passes)
     for part, seconds in status.downtime_s.items():
         print_fields([(f"downtime {part}", format_duration(seconds))])
-    print(f"next: {status.next}")
+    say(f"next: {status.next}")
 
 
 def print_finish(report: FinishReport) -> None:
-    print(f"{report.name}: {report.snapshots_removed} snapshots of ours removed")
+    say(f"{report.name}: {report.snapshots_removed} snapshots of ours removed")
     for line in report.left:
-        print(f"left as it is: {line}")
+        say(f"left as it is: {line}")
 
 
 def print_lines(lines: list[str], *, json: bool) -> None:
@@ -70,8 +70,8 @@ def print_lines(lines: list[str], *, json: bool) -> None:
         print_json({"outcome": "dry-run", "steps": lines})
         return
     for number, line in enumerate(lines, 1):
-        print(f"{number}. {line}")
-    print("nothing was changed")
+        say(f"{number}. {line}")
+    say("nothing was changed")
 
 
 def print_dry_run(rehearsal: Rehearsal, *, json: bool) -> None:

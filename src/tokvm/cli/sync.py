@@ -11,10 +11,10 @@ from tokvm.cli.summaries import print_dry_run, print_sync
 
 def sync(
     source: options.SourceUrl,
-    name: options.Name,
+    name: options.VmName,
     to: options.To = None,
     passes: options.Passes = None,
-    budget: options.Budget = None,
+    budget: options.SyncBudget = None,
     overwrite: options.Overwrite = None,
     network: options.Network = None,
     libvirt: options.Libvirt = None,
@@ -40,12 +40,12 @@ def sync(
         options.running(json=json, events=events, verbose=verbose) as reporter,
         Workshop.open(state_dir, reporter) as shop,
     ):
-        request = target.request(ssh)
+        request, budget_s = target.request(ssh), options.duration(budget)
         if dry_run:
             print_dry_run(shop.rehearse(source, name, request), json=json)
             return
         with shop.begin(source, name, request) as job:
-            report = job.migration.sync(passes=passes, budget_s=options.duration(budget))
+            report = job.migration.sync(passes=passes, budget_s=budget_s)
         if json:
             print_json(report.to_dict())
         else:

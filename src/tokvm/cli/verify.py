@@ -9,7 +9,7 @@ import typer
 from tokvm.app.verify import verify_job
 from tokvm.app.workshop import Workshop
 from tokvm.cli import options
-from tokvm.cli.output import print_json
+from tokvm.cli.output import print_json, say
 from tokvm.core.errors import VerifyError
 from tokvm.core.units import format_bytes
 
@@ -37,7 +37,7 @@ def verify(
             print_json(report.to_dict())
         else:
             for disk in report.disks:
-                print(
+                say(
                     f"disk {disk.index}: {format_bytes(disk.verified_bytes)} verified, "
                     f"{format_bytes(disk.unverifiable_bytes)} without a hash of their own, {len(disk.bad)} bad ranges"
                 )

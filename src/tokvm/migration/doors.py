@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from tokvm.domain.base import DomainHost, DomainPlan
 from tokvm.migration.records import Instant
 from tokvm.sources.base import Source
 from tokvm.transfer.checkpoint import PassLimits
+
+log = logging.getLogger(__name__)
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -51,6 +54,42 @@ class Silent:
     def note(self, text: str, /) -> None: ...
 
     def downtime(self, part: str, seconds: float, /) -> None: ...
+
+
+class Unfailing:
+    """An observer that cannot stop a migration: where its display fails (a closed terminal, a full disk under the log), it goes
+    silent. A VM must not stay off because nobody could be told about it."""
+
+    def __init__(self, inner: Observer) -> None:
+        self._inner = inner
+
+    def _tell(self, show: Callable[[], None]) -> None:
+        try:
+            show()
+        except (OSError, ValueError) as failed:
+            log.debug("the display failed (%s); going on without", failed)
+            self._inner = Silent()
+
+    def phase(self, phase: str, /) -> None:
+        self._tell(lambda: self._inner.phase(phase))
+
+    def step(self, name: str, /) -> None:
+        self._tell(lambda: self._inner.step(name))
+
+    def pass_begin(self, n: int, kind: str, disk: int, total: int, /) -> None:
+        self._tell(lambda: self._inner.pass_begin(n, kind, disk, total))
+
+    def advance(self, disk: int, count: int, /) -> None:
+        self._tell(lambda: self._inner.advance(disk, count))
+
+    def pass_end(self, n: int, kind: str, moved: int, seconds: float, /) -> None:
+        self._tell(lambda: self._inner.pass_end(n, kind, moved, seconds))
+
+    def note(self, text: str, /) -> None:
+        self._tell(lambda: self._inner.note(text))
+
+    def downtime(self, part: str, seconds: float, /) -> None:
+        self._tell(lambda: self._inner.downtime(part, seconds))
 
 
 class Clock(Protocol):

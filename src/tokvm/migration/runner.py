@@ -7,12 +7,13 @@ A cutover that fails before its commit point is rolled back at once, whatever fa
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 from tokvm.core.errors import BudgetExceeded, NeedsPerson, NotOff, RolledBack, TokvmError, UsageError
 from tokvm.migration.book import Book
-from tokvm.migration.doors import Clock, Doors, Morpher, Observer, Silent, SystemClock
+from tokvm.migration.doors import Clock, Doors, Morpher, Observer, Silent, SystemClock, Unfailing
 from tokvm.migration.journal import Journal
 from tokvm.migration.phases import LOSSLESS_ROLLBACK, Event, Phase
 from tokvm.migration.records import MigrationRecord, SnapshotState, TargetRan
@@ -71,7 +72,7 @@ class Migration:
     def __init__(self, journal: Journal, record: MigrationRecord, doors: Doors) -> None:
         self._journal = journal
         self._id = record.id
-        self._doors = doors
+        self._doors = replace(doors, observer=Unfailing(doors.observer))
 
     def _work(self, options: CutoverOptions | None = None) -> Work:
         return Work(self._journal.book(self._id), self._doors, options)
@@ -177,8 +178,8 @@ class _Rescue:
             return
         what = error.what if isinstance(error, TokvmError) else repr(error)
         try:
-            work.doors.observer.note(f"the cutover failed ({what}); going back to the source")
             work.advance(Event.ROLL_BACK, what)
+            work.doors.observer.note(f"the cutover failed ({what}); going back to the source")
             roll_back(work)
         except TokvmError as worse:
             raise NeedsPerson(
