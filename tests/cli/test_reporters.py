@@ -8,7 +8,8 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokvm.cli.reporters import EventReporter, PlainReporter, printable
+from tokvm.cli.reporters import EventReporter, PlainReporter
+from tokvm.core.text import printable
 
 
 @given(st.text())

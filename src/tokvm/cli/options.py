@@ -14,8 +14,9 @@ from typing import Annotated, TypeVar
 import typer
 
 from tokvm.cli.output import error_document, print_error, print_json
-from tokvm.cli.reporters import Reporter, choose_reporter, printable
+from tokvm.cli.reporters import Reporter, choose_reporter
 from tokvm.core.errors import TokvmError, UsageError
+from tokvm.core.text import printable
 from tokvm.core.units import parse_duration, parse_size
 
 INTERRUPTED = 130

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tokvm.cli.reporters import printable
 from tokvm.core.errors import TokvmError
+from tokvm.core.text import printable
 
 
 def say(line: str) -> None:

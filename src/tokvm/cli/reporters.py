@@ -11,15 +11,12 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from tokvm.core.text import printable
 from tokvm.core.units import format_bytes, format_duration, format_rate
+from tokvm.transfer.progress import Meter
 
 PLAIN_INTERVAL_S = 5.0
 EVENT_INTERVAL_S = 1.0
-
-
-def printable(text: str) -> str:
-    """Text from outside, safe for a terminal: control characters and escapes are shown, not obeyed."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class PlainReporter:
@@ -53,12 +50,12 @@ class PlainReporter:
             moving = self._passes.get(disk)
             if moving is None:
                 return
-            moving.done += count
+            moving.meter.advance(count)
             now = time.monotonic()
             if now - moving.shown < self._interval_s:
                 return
             moving.shown = now
-            text = moving.text(disk, now)
+            text = moving.text(disk)
         self._line(text)
 
     def pass_end(self, n: int, kind: str, moved: int, seconds: float) -> None:
@@ -77,17 +74,16 @@ class _Moving:
     """A pass on one disk, as far as it has come."""
 
     def __init__(self, n: int, kind: str, total: int) -> None:
-        self.n, self.kind, self.total = n, kind, total
-        self.done = 0
-        self.began = self.shown = time.monotonic()
+        self.n, self.kind = n, kind
+        self.meter = Meter(total)
+        self.shown = time.monotonic()
 
-    def text(self, disk: int, now: float) -> str:
-        rate = self.done / max(now - self.began, 0.001)
-        left = max(self.total - self.done, 0)
-        eta = f", {format_duration(left / rate)} left at most" if rate > 0 and left else ""
+    def text(self, disk: int) -> str:
+        meter = self.meter
+        eta = f", {format_duration(meter.left_s)} left at most" if meter.left_s else ""
         return (
-            f"pass {self.n} ({self.kind}) of disk {disk}: {format_bytes(self.done)} of {format_bytes(self.total)}, "
-            f"{format_rate(rate)}{eta}"
+            f"pass {self.n} ({self.kind}) of disk {disk}: {format_bytes(meter.done)} of {format_bytes(meter.total)}, "
+            f"{format_rate(meter.rate)}{eta}"
         )
 
 

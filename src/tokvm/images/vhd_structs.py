@@ -30,6 +30,7 @@ from enum import IntEnum
 from uuid import UUID
 
 from tokvm.core.errors import ImageError
+from tokvm.core.text import printable
 from tokvm.core.units import SECTOR, KiB, MiB, TiB, round_up
 
 FOOTER_SIZE = 512
@@ -266,11 +267,6 @@ def _locators(raw: bytes) -> tuple[Locator, ...]:
     """`space` is sectors in the specification, bytes in the field: not looked at."""
     found = (_LOCATOR.unpack_from(raw, 576 + 24 * place) for place in range(LOCATORS))
     return tuple(Locator(code, length, offset) for code, _, length, offset in found if code != bytes(4))
-
-
-def printable(text: str) -> str:
-    """A name from an image, fit for a terminal: control characters and the like are escaped."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 def check_batmap(raw: bytes | bytearray | memoryview, *, name: str, offset: int) -> None:

@@ -11,6 +11,7 @@ import re
 from typing import ClassVar
 
 from tokvm.core.errors import ConnectionLost, SourceError
+from tokvm.core.text import readable
 from tokvm.remote.process import Completed
 
 SSH_FAILED = 255
@@ -63,9 +64,3 @@ def connection_error(stderr: bytes, *, where: str, doing: str) -> SourceError:
 def last_line(text: bytes) -> str:
     lines = [line for line in text.decode("utf-8", "replace").splitlines() if line.strip()]
     return readable(lines[-1].strip()) if lines else ""
-
-
-def readable(text: str, *, limit: int = 300) -> str:
-    """Text from outside, for one line of a message: nothing in it reaches the terminal as a control."""
-    shown = "".join(char if char.isprintable() else char.encode("unicode_escape", "replace").decode() for char in text[:limit])
-    return shown + "…" if len(text) > limit else shown

@@ -13,7 +13,7 @@ import logging
 from dataclasses import dataclass
 
 from tokvm.core.errors import SourceError
-from tokvm.remote.errors import readable
+from tokvm.core.text import readable
 from tokvm.remote.process import Child
 from tokvm.remote.sftp_file import SftpFile
 from tokvm.remote.sftp_pipe import SftpPipe

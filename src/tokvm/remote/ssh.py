@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tokvm.core.errors import ConnectionLost, UsageError
+from tokvm.core.text import readable
 from tokvm.remote import hostkeys, process
 from tokvm.remote.control import ENVIRONMENT, ControlConnection
-from tokvm.remote.errors import SSH_FAILED, RemoteCommandError, connection_error, readable
+from tokvm.remote.errors import SSH_FAILED, RemoteCommandError, connection_error
 from tokvm.remote.process import Completed
 from tokvm.remote.sftp import SftpClient
 from tokvm.remote.ssh_config import SshConfig, command_bytes, quote

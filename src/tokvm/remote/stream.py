@@ -11,8 +11,9 @@ import os
 import select
 
 from tokvm.core.errors import ConnectionLost, SourceError
+from tokvm.core.text import readable
 from tokvm.remote import hostkeys
-from tokvm.remote.errors import SSH_FAILED, RemoteCommandError, connection_error, is_host_key_refusal, readable
+from tokvm.remote.errors import SSH_FAILED, RemoteCommandError, connection_error, is_host_key_refusal
 from tokvm.remote.process import Child, Completed, ProgramTimeout
 from tokvm.remote.ssh_config import SshConfig
 

@@ -99,14 +99,15 @@ class Medium:
         self._write_zeros(end, offset + length - end)
 
     def flush(self) -> None:
-        """fdatasync: of the inode, so one descriptor speaks for both, and hears of an error in the writeback of either (the
-        kernel notes it at the inode; a direct write reports its own). An error voids everything since the last good flush,
-        and is never retried."""
+        """fdatasync on both descriptors. An error voids everything since the last good flush, and is never retried."""
         self._check(0, 0)
-        try:
-            os.fdatasync(self._fd)
-        except OSError as exc:
-            raise self._failed("flushing", None, exc) from exc
+        for fd in (self._fd, self._direct):
+            if fd < 0:
+                continue
+            try:
+                os.fdatasync(fd)
+            except OSError as exc:
+                raise self._failed("flushing", None, exc) from exc
 
     def read_back(self, offset: int, length: int) -> memoryview:
         """From the medium: O_DIRECT, or where that cannot be had after a flush and dropping the pages from the cache."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tokvm.core.machine import Disk, Finding, PowerState, Severity, VirtualMachine
+from tokvm.core.text import readable
 from tokvm.core.units import GiB, format_bytes
-from tokvm.remote.errors import readable
 from tokvm.sources.xenserver import claims, fence, power, snapshots
 from tokvm.sources.xenserver.inventory import MACHINES, attached_disks, sr_values
 from tokvm.sources.xenserver.xe import Row, Xe, parse_map, value_of

@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import ClassVar
 
 from tokvm.core.errors import SourceError
-from tokvm.remote.errors import readable
+from tokvm.core.text import readable
 from tokvm.remote.ssh import RemoteCommandError
 
 _LOOKED_AT = 64 * 1024  # bytes of a message

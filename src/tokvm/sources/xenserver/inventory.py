@@ -13,8 +13,8 @@ import re
 from dataclasses import dataclass
 
 from tokvm.core.machine import Disk, Firmware, Nic, PowerState, VirtualMachine
+from tokvm.core.text import readable
 from tokvm.core.units import TiB
-from tokvm.remote.errors import readable
 from tokvm.sources.base import MachineSummary
 from tokvm.sources.xenserver.faults import Fault, XenServerError
 from tokvm.sources.xenserver.xe import NOTHING, Command, Row, Xe, is_uuid, parse_map, value_of

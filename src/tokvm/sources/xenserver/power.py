@@ -15,7 +15,7 @@ import time
 
 from tokvm.core.errors import ConnectionLost, NotOff, SourceError
 from tokvm.core.machine import OffEvidence, PowerState
-from tokvm.remote.errors import readable
+from tokvm.core.text import readable
 from tokvm.sources.xenserver.faults import Fault, XenServerError
 from tokvm.sources.xenserver.inventory import power_state
 from tokvm.sources.xenserver.xe import Command, Xe, value_of

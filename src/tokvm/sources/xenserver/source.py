@@ -5,7 +5,7 @@ from __future__ import annotations
 from tokvm.core.disk import DiskReader
 from tokvm.core.errors import UsageError
 from tokvm.core.machine import Disk, Finding, OffEvidence, PowerState, Snapshot, VirtualMachine
-from tokvm.remote.errors import readable
+from tokvm.core.text import readable
 from tokvm.sources.base import MachineSummary
 from tokvm.sources.xenserver import check, claims, disks, fence, inventory, power, snapshots
 from tokvm.sources.xenserver.xe import Host, Xe, is_uuid

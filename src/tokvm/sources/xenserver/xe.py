@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 from tokvm.core.errors import ConnectionLost, SourceError
+from tokvm.core.text import readable
 from tokvm.images.base import ByteStream
-from tokvm.remote.errors import readable
 from tokvm.remote.process import Completed, ProgramError
 from tokvm.remote.ssh import RemoteCommandError, quote
 from tokvm.sources.xenserver.faults import Fault, XenServerError, explain
