@@ -70,8 +70,8 @@ need_venv() {
     venv_is_ours "$venv" || /usr/bin/python3 -m venv --clear --system-site-packages "$venv" || die "cannot make $venv"
     local files=() file
     for file in "$@"; do files+=(-r "$setup_root/$file"); done
-    "$venv/bin/python" -m pip install -q --disable-pip-version-check --require-hashes "${files[@]}" || die "pip could not install $*"
-    "$venv/bin/python" -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation --no-index -e "$setup_root" \
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check --require-hashes "${files[@]}" || die "pip could not install $*"
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --no-index -e "$setup_root" \
         || die "pip could not install tokvm itself"
     printf '%s\n' "$want" >"$stamp"
 }
