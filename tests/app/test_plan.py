@@ -50,6 +50,21 @@ def test_targets_that_do_not_fit_are_refused(to: list[str], overwrite: dict[str,
         choose_targets(machine(2), to, overwrite)
 
 
+def test_one_file_by_two_names_is_refused(tmp_path: Path) -> None:
+    real = tmp_path / "disk.raw"
+    (tmp_path / "folder").symlink_to(tmp_path)
+    (tmp_path / "link").symlink_to(real)
+    (tmp_path / "other.raw").touch()
+    for another in ("folder/disk.raw", "link"):
+        with pytest.raises(UsageError, match="same target"):
+            choose_targets(machine(2), [str(real), str(tmp_path / another)], {})
+    real.touch()
+    (tmp_path / "hard").hardlink_to(real)
+    with pytest.raises(UsageError, match="same target"):
+        choose_targets(machine(2), [str(real), str(tmp_path / "hard")], {})
+    assert len(choose_targets(machine(2), [str(real), str(tmp_path / "other.raw")], {})) == 2
+
+
 def test_a_plan_survives_json() -> None:
     plan = Plan(
         source="xenserver://root@xen1",

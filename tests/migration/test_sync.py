@@ -6,12 +6,13 @@ import os
 import random
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tokvm.core.errors import Blocked, ConnectionLost, JournalError, TargetError, TokvmError
+from tokvm.core.errors import Blocked, ConnectionLost, JournalError, TargetError, TokvmError, UnsafeTarget
 from tokvm.core.machine import Snapshot
 from tokvm.migration.book import sealed
 from tokvm.migration.journal import Journal
@@ -20,7 +21,7 @@ from tokvm.migration.records import PassState, SnapshotState
 from tokvm.migration.reports import StopCause
 from tokvm.migration.runner import Converge
 from tokvm.testing.fakes import BLOCK, Death, FakeSource, FakeTarget, Fault
-from tokvm.transfer.manifest import ManifestWriter
+from tokvm.transfer.manifest import ManifestWriter, RecordKind, read_manifest
 
 MakeRig = Callable[..., Any]
 
@@ -254,6 +255,96 @@ def test_a_disk_that_grew_needs_a_target_that_grew(rig: Any) -> None:
     with pytest.raises(TargetError, match="grow the target"):
         rig.migration().sync(passes=1)
     rig.world.targets[0] += b"\x53" * 2 * BLOCK
+    rig.migration().sync(passes=1)
+    assert target_is_newest_snapshot(rig)
+
+
+def test_what_a_larger_target_held_behind_a_disk_that_grew_is_zeroed(make_rig: MakeRig) -> None:
+    """A delta names the blocks that were written; the rest of the new part was never written, and reads as zeros."""
+    for fault in (None, *range(0, 40)):
+        rig = make_rig()
+        rig.begin()
+        world = rig.world
+        world.targets[0] += b"\x53" * 3 * BLOCK
+        rig.migration().sync(passes=1)
+        world.disks[0] += bytes(2 * BLOCK) + bytes([7]) * BLOCK
+        world.changed[0][18] = -1
+        if fault is not None:
+            try:
+                rig.migration(die_at=fault // 2, after=bool(fault % 2)).sync(passes=2)
+            except Death:
+                world.lose_power()
+            rig.migration().sync(passes=2)
+        else:
+            rig.migration().sync(passes=2)
+        assert target_is_newest_snapshot(rig)
+        assert not any(world.targets[0][16 * BLOCK : 18 * BLOCK])
+
+
+def test_the_zeros_behind_a_disk_that_grew_are_in_the_manifest(rig: Any) -> None:
+    rig.begin()
+    rig.world.targets[0] += b"\x53" * 2 * BLOCK
+    rig.migration().sync(passes=1)
+    rig.world.disks[0] += bytes(2 * BLOCK)
+    rig.migration().sync(passes=2)
+    rows = read_manifest(rig.path / "manifests" / "2-0")
+    zeros = [(int(row["offset"]), int(row["length"])) for row in rows if row["kind"] == RecordKind.ZERO]
+    assert zeros == [(16 * BLOCK, 2 * BLOCK)]
+
+
+def test_a_target_swapped_between_passes_is_noticed_each_time(rig: Any) -> None:
+    """Of the same identity and size, but with other content: nothing is written to it, however often it is tried."""
+    rig.begin()
+    rig.migration().sync(passes=1)
+    kept = bytes(rig.world.targets[0])
+    rig.world.targets[0][:] = b"\x99" * len(kept)
+    for _ in range(2):
+        with pytest.raises(TargetError, match="no longer holds"):
+            rig.migration().sync(passes=2)
+        assert set(rig.world.targets[0]) == {0x99}
+    rig.world.targets[0][:] = kept
+    rig.migration().sync(passes=2)
+    assert target_is_newest_snapshot(rig)
+
+
+def test_what_an_abandoned_pass_wrote_is_no_swapped_target(rig: Any) -> None:
+    """Pass 2 wrote a part and its snapshot vanished: pass 3 is a delta to pass 1 again."""
+    rig.begin()
+    rig.migration().sync(passes=1)
+    for block in range(16):
+        rig.world.changed[0][block] = 1000 + block
+        rig.world.disks[0][block * BLOCK : (block + 1) * BLOCK] = bytes([block + 1]) * BLOCK
+    with pytest.raises(Death):
+        rig.migration(die_at=6).sync(passes=2)
+    assert any(one.number == 2 and one.checkpoint for one in book_of(rig).passes())
+    del rig.world.snapshots[list(rig.world.snapshots)[-1]]
+    rig.migration().sync(passes=2)
+    assert target_is_newest_snapshot(rig)
+
+
+def test_two_disks_on_one_target_are_refused(make_rig: MakeRig) -> None:
+    rig = make_rig(disks=2)
+    rig.begin()
+
+    def the_same(index: int) -> FakeTarget:
+        target = FakeTarget(rig.world, index)
+        target.identity = "one device by two names"
+        return target
+
+    rig.open_target = the_same
+    with pytest.raises(UnsafeTarget, match="target of another disk already"):
+        rig.migration().sync(passes=1)
+    assert not any(rig.world.unsynced[1])
+
+
+def test_the_target_of_another_unfinished_migration_is_refused(rig: Any) -> None:
+    rig.begin()
+    journal = rig.journal()
+    other = journal.create(vm=replace(rig.world.machine(), uuid="other"), source="fake://source", plan={}, targets=["/dev/x"])
+    journal.book(other.id).disk_identity(0, "target-0")
+    with pytest.raises(UnsafeTarget, match="/dev/x"):
+        rig.migration().sync(passes=1)
+    rig.journals[0].book(other.id).finished()
     rig.migration().sync(passes=1)
     assert target_is_newest_snapshot(rig)
 

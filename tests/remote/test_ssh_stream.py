@@ -53,6 +53,13 @@ def test_an_empty_stream_ends_well(host: SshHost) -> None:
         assert stream.received == 0
 
 
+def test_only_the_first_byte_may_take_longer(host: SshHost) -> None:
+    with opened(host, "sleep 1.5; echo x; sleep 30", deadline_s=0.5, first_byte_s=20) as stream:
+        assert drain(stream, least=2) == b"x\n"
+        with pytest.raises(ConnectionLost, match=r"no byte came for 0\.5 s"):
+            drain(stream)
+
+
 def test_a_plausible_stream_from_a_failing_command_is_an_error(host: SshHost) -> None:
     with opened(host, "head -c 1000000 /dev/zero; echo 'SR_BACKEND_FAILURE' >&2; exit 1") as stream:
         assert len(drain(stream)) == 1000000

@@ -110,7 +110,7 @@ class ScriptedHost:
                 return self.values[uuid, name.removeprefix("param-name=")]
         raise AssertionError(f"nothing is scripted for {words}")
 
-    def stream(self, command: str) -> ByteStream:
+    def stream(self, command: str, *, first_byte_s: float = 0.0) -> ByteStream:
         raise AssertionError(f"no stream was expected: {command}")
 
     def fingerprint(self) -> str:

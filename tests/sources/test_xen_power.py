@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from tests.sources.conftest import LOST, VM, ScriptedHost, Words, refusal
 
-from tokvm.core.errors import NotOff, SourceError, UsageError
+from tokvm.core.errors import ConnectionLost, NotOff, SourceError, UsageError
 from tokvm.core.machine import PowerState
 from tokvm.sources.xenserver.source import XenServerSource
 
@@ -309,3 +309,36 @@ def test_a_claim_that_is_not_there_when_read_back_is_an_error(host: ScriptedHost
         source.claim(VM, "me")
     with pytest.raises(UsageError, match="own"):
         source.claim(VM, "")
+
+
+def test_a_priority_that_ha_refuses_does_not_keep_the_vm_off(
+    host: ScriptedHost, source: XenServerSource, caplog: pytest.LogCaptureFixture
+) -> None:
+    host.maps["other-config"]["auto_poweron"] = "true"
+    host.set_vm(power_state="halted", dom_id="-1", ha_restart_priority="restart")
+    before = state_of(host)
+    source.fence(VM, "tokvm")
+    restore = ("vm-param-set", f"uuid={VM}", "ha-restart-priority=restart")
+    host.script[restore] = [refusal("This operation cannot be performed because it would invalidate VM failover planning")]
+    host.log.clear()
+    source.unfence(VM)
+    assert "failover planning" in caplog.text
+    assert not source.is_fenced(VM)
+    assert host.maps["blocked-operations"] == {}
+    assert host.maps["other-config"]["auto_poweron"] == "true"
+    assert [words for words in host.log if words[0] in ("vm-param-set", "vm-param-remove")][-1] == restore
+    host.script[START] = [turning(host, "running")]
+    source.start(VM)
+    assert "tokvm-fence" in host.maps["other-config"]  # kept for the next try
+    source.unfence(VM)
+    assert state_of(host) == before
+
+
+def test_a_connection_lost_at_the_priority_is_no_refusal(host: ScriptedHost, source: XenServerSource) -> None:
+    host.set_vm(ha_restart_priority="restart")
+    source.fence(VM, "tokvm")
+    host.script["vm-param-set", f"uuid={VM}", "ha-restart-priority=restart"] = [LOST]
+    with pytest.raises(ConnectionLost):
+        source.unfence(VM)
+    source.unfence(VM)
+    assert host.values[VM, "ha-restart-priority"] == "restart"

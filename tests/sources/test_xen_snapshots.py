@@ -22,8 +22,8 @@ from tests.sources.conftest import (
 )
 
 from tokvm.core.errors import ConnectionLost, SourceError, UsageError
-from tokvm.core.machine import Snapshot
-from tokvm.sources.xenserver import snapshots
+from tokvm.core.machine import Disk, Snapshot
+from tokvm.sources.xenserver import disks, snapshots
 from tokvm.sources.xenserver.disks import export_command
 from tokvm.sources.xenserver.source import XenServerSource
 from tokvm.sources.xenserver.xe import Xe
@@ -242,3 +242,41 @@ def test_a_disk_without_frozen_image_is_refused_before_anything_is_sent(host: Sc
         source.open_disk(disk, Snapshot(SNAPSHOT, MARK, {}), None)
     with pytest.raises(SourceError, match="holds no frozen image"):
         source.open_disk(disk, OURS, Snapshot(SNAPSHOT, MARK, {DISK: "$(id)"}))
+
+
+class _Nothing:
+    """A stream that ends at once."""
+
+    def read_into(self, buffer: memoryview) -> int:
+        return 0
+
+    def finish(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_the_frozen_image_says_how_large_it_is_and_skipping_has_its_time(
+    host: ScriptedHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The VM's disk grew after the snapshot; and a host that reads past 6 GB sends nothing for long."""
+    expected: dict[str, object] = {}
+    patience: dict[str, float] = {}
+
+    def stream(open_at: Callable[[int], object], **options: object) -> None:
+        expected.update(options)
+        open_at(0)
+        open_at(6_000_000_000)
+
+    def sent(command: str, *, first_byte_s: float = 0.0) -> _Nothing:
+        patience[command] = first_byte_s
+        return _Nothing()
+
+    monkeypatch.setattr(disks, "VhdStream", stream)
+    monkeypatch.setattr(host, "stream", sent)
+    host.values[FROZEN, "virtual-size"] = "8192"
+    disks.open_disk(host, Disk(0, DISK, 16384), OURS, None)
+    assert expected["expect_size"] == 8192
+    assert list(patience.values()) == [0.0, 300.0]
+    host.values[FROZEN, "virtual-size"] = "-1"
+    with pytest.raises(SourceError, match="does not understand"):
+        disks.open_disk(host, Disk(0, DISK, 16384), OURS, None)

@@ -15,6 +15,7 @@ import pytest
 from tokvm.core.errors import TargetError, UnsafeTarget
 from tokvm.core.units import KiB, MiB
 from tokvm.targets.open import TargetSpec, open_target
+from tokvm.targets.probe import probe_target
 from tokvm.targets.rawfile import TOKEN
 from tokvm.targets.readback import ReadBack
 
@@ -93,10 +94,37 @@ def test_a_file_made_but_not_yet_written_is_taken_again(disk: Path) -> None:
     again.close()
 
 
-def test_a_foreign_file_that_is_one_hole_is_refused(disk: Path) -> None:
+def test_a_foreign_file_that_is_one_hole_of_another_size_is_refused(disk: Path) -> None:
+    with disk.open("wb") as file:
+        file.truncate(SIZE + 512)
+    assert "no run of ours" in refused(TargetSpec(str(disk)))
+
+
+def test_a_file_that_is_one_hole_of_the_disk_s_size_is_taken(disk: Path) -> None:
+    """As a run leaves it that died in making it, on a filesystem that takes no attributes."""
     with disk.open("wb") as file:
         file.truncate(SIZE)
-    assert "no run of ours" in refused(TargetSpec(str(disk)))
+    probe_target(TargetSpec(str(disk)), size=SIZE)
+    writer = open_target(TargetSpec(str(disk)), size=SIZE)
+    assert writer.known_zero
+    writer.close()
+
+
+@pytest.mark.parametrize("dies_in", ["setxattr", "ftruncate", "fsync"])
+def test_a_file_whose_maker_died_is_taken_again(disk: Path, monkeypatch: pytest.MonkeyPatch, dies_in: str) -> None:
+    class Killed(BaseException):
+        pass
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as dying:
+        dying.setattr(os, dies_in, die)
+        with pytest.raises(Killed):
+            open_target(TargetSpec(str(disk)), size=SIZE)
+    again = open_target(TargetSpec(str(disk)), size=2 * SIZE)
+    assert again.known_zero
+    again.close()
 
 
 def test_a_copy_in_the_place_of_our_file_is_refused(disk: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -152,10 +154,11 @@ def choose_targets(vm: VirtualMachine, to: list[str], overwrite: dict[str, str])
             f"{vm.name!r} has {len(vm.disks)} disks, but {len(to)} targets were given",
             fix="give one --to DIRECTORY, or --to PATH once for each disk in the order of `tokvm check`",
         )
-    if len(set(paths)) != len(paths):
-        raise UsageError("two disks were given the same target", fix="give each disk a path of its own")
     for path in paths:
         refuse_odd_path(path)
+    places = [_place(path) for path in paths]
+    if len(set(places)) != len(places):
+        raise UsageError("two disks were given the same target", fix="give each disk a path of its own")
     overwrite = {str(Path(path).absolute()): given for path, given in overwrite.items()}
     unknown = set(overwrite) - set(paths)
     if unknown:
@@ -163,6 +166,18 @@ def choose_targets(vm: VirtualMachine, to: list[str], overwrite: dict[str, str])
             f"--overwrite names {sorted(unknown)[0]!r}, which is no target here", fix="repeat the path given to --to"
         )
     return tuple(TargetChoice(path, overwrite.get(path)) for path in paths)
+
+
+def _place(path: str) -> str:
+    """What a path leads to, whatever its name: a device by its number, anything else by where its links end."""
+    real = Path(os.path.realpath(path))
+    try:
+        status = real.stat()
+    except OSError:
+        return str(real)
+    if stat.S_ISBLK(status.st_mode):
+        return f"device {status.st_rdev}"
+    return f"file {status.st_dev}:{status.st_ino}"
 
 
 def refuse_odd_path(path: str) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
+from tokvm.core.errors import DomainError
 from tokvm.core.machine import DiskBus, VirtualMachine
 
 
@@ -44,6 +45,10 @@ class DomainPlan:
     machine: str = "q35"
 
 
+class StartUnknown(DomainError):
+    """A start was sent and its reply was lost: the domain may have run. Any other DomainError of `start` is a refusal."""
+
+
 @runtime_checkable
 class DomainHost(Protocol):
     """A libvirt that domains are started on."""
@@ -62,7 +67,7 @@ class DomainHost(Protocol):
     def state(self, uuid: str) -> DomainState: ...
 
     def start(self, uuid: str) -> None:
-        """Start a defined domain; already running is success."""
+        """Start a defined domain; already running is success. DomainError: it was refused; StartUnknown: it may have run."""
         ...
 
     def stop(self, uuid: str) -> None:

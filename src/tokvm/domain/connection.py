@@ -78,6 +78,10 @@ class Connection:
         except self.libvirt.libvirtError as exc:
             raise DomainError(f"{what}: {exc.get_error_message() or exc}", where=where, fix=fix) from exc
 
+    def broke(self, failed: Any) -> bool:
+        """Is this libvirtError about the way to libvirtd (which may have done what it was asked), not an answer of it?"""
+        return failed.get_error_domain() in (self.libvirt.VIR_FROM_RPC, self.libvirt.VIR_FROM_REMOTE)
+
     def look_up(self, uuid: str) -> Any | None:
         """The virDomain, or None when there is none."""
         handle = self.handle()

@@ -16,7 +16,7 @@ from typing import Any
 from tokvm.core.errors import DomainError
 from tokvm.core.machine import Finding
 from tokvm.domain.accel import Kvm, probe_kvm
-from tokvm.domain.base import Accel, DomainPlan, DomainState
+from tokvm.domain.base import Accel, DomainPlan, DomainState, StartUnknown
 from tokvm.domain.check import find_obstacles
 from tokvm.domain.connection import Connection
 from tokvm.domain.names import legal_name
@@ -92,7 +92,13 @@ class LibvirtHost:
         with self._connection.translated("the domain does not start", where=self._where(uuid), fix=fix):
             try:
                 domain.create()
-            except self._libvirt.libvirtError:
+            except self._libvirt.libvirtError as failed:
+                if self._connection.broke(failed):
+                    raise StartUnknown(
+                        f"libvirt went away while it started the domain: {failed.get_error_message() or failed}",
+                        where=self._where(uuid),
+                        fix=fix,
+                    ) from failed
                 if not domain.isActive():
                     raise
         log.info("%s: started %s", self.url, uuid)

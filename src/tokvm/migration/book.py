@@ -92,7 +92,7 @@ class Book:
 
     def disks(self) -> list[DiskRecord]:
         rows = self._rows("SELECT number, key, size, path, identity FROM disk WHERE migration = ? ORDER BY number")
-        return [DiskRecord(_int(r[0]), str(r[1]), _int(r[2]), str(r[3]), str(r[4])) for r in rows]
+        return [_disk(row) for row in rows]
 
     def snapshots(self) -> list[SnapshotRecord]:
         """All of them, oldest first, removed ones too."""
@@ -104,7 +104,7 @@ class Book:
     def passes(self) -> list[PassRecord]:
         """All of them, by number and disk."""
         rows = self._rows(
-            "SELECT number, disk, kind, since, fingerprint, state, checkpoint, bytes, seconds "
+            "SELECT number, disk, kind, since, fingerprint, state, checkpoint, bytes, seconds, size "
             "FROM pass WHERE migration = ? ORDER BY number, disk"
         )
         return [_pass(row) for row in rows]
@@ -201,6 +201,15 @@ class Book:
             values = (storable(identity), self.id, disk)
             connection.execute("UPDATE disk SET identity = ? WHERE migration = ? AND number = ?", values)
 
+    def also_holds(self, disk: int, identity: str) -> DiskRecord | None:
+        """Another disk, of this or of any unfinished migration, whose target says that it is the same one."""
+        rows = self._store.read(
+            "SELECT d.number, d.key, d.size, d.path, d.identity FROM disk AS d JOIN migration AS m ON m.id = d.migration "
+            "WHERE d.identity = ? AND m.finished IS NULL AND NOT (m.id = ? AND d.number = ?)",
+            (storable(identity), self.id, disk),
+        )
+        return _disk(rows[0]) if rows else None
+
     def disk_size(self, disk: int, size: int) -> None:
         with self._write() as connection:
             connection.execute("UPDATE disk SET size = ? WHERE migration = ? AND number = ?", (size, self.id, disk))
@@ -235,9 +244,9 @@ class Book:
         """A pass over one disk from its beginning; whatever this pass had recorded for this disk is forgotten."""
         with self._write() as connection:
             connection.execute(
-                "INSERT OR REPLACE INTO pass (migration, number, disk, kind, since, fingerprint, state) "
-                "VALUES (?, ?, ?, ?, ?, ?, 'running')",
-                (self.id, begun.number, begun.disk, begun.kind, begun.since, begun.fingerprint),
+                "INSERT OR REPLACE INTO pass (migration, number, disk, kind, since, fingerprint, size, state) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, 'running')",
+                (self.id, begun.number, begun.disk, begun.kind, begun.since, begun.fingerprint, begun.size),
             )
 
     def checkpoint(self, number: int, disk: int, checkpoint: Checkpoint) -> None:
@@ -312,6 +321,10 @@ def _migration(row: Row) -> MigrationRecord:
     )
 
 
+def _disk(row: Row) -> DiskRecord:
+    return DiskRecord(_int(row[0]), str(row[1]), _int(row[2]), str(row[3]), str(row[4]))
+
+
 def _snapshot(row: Row) -> SnapshotRecord:
     return SnapshotRecord(
         number=_int(row[0]),
@@ -336,4 +349,5 @@ def _pass(row: Row) -> PassRecord:
         checkpoint=None if row[6] is None else Checkpoint(**json.loads(str(row[6]))),
         bytes=_int(row[7]),
         seconds=_float(row[8]),
+        size=_int(row[9]),
     )

@@ -91,7 +91,8 @@ class SnapshotRecord:
 
 @dataclass(frozen=True, slots=True)
 class PassRecord:
-    """One pass over one disk. `since`: the pass whose snapshot it is a delta to; None for a base."""
+    """One pass over one disk. `since`: the pass whose snapshot it is a delta to; None for a base. `size`: the frozen disk's;
+    the target holds the disk up to there once the pass is done, and behind it whatever it held before."""
 
     number: int
     disk: int
@@ -102,6 +103,7 @@ class PassRecord:
     checkpoint: Checkpoint | None = None
     bytes: int = 0
     seconds: float = 0.0
+    size: int = 0
 
 
 @dataclass(frozen=True, slots=True)

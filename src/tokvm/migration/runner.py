@@ -7,11 +7,13 @@ A cutover that fails before its commit point is rolled back at once, whatever fa
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
-from tokvm.core.errors import BudgetExceeded, NeedsPerson, NotOff, RolledBack, TokvmError, UsageError
+from tokvm.core.errors import BudgetExceeded, NeedsPerson, NotOff, RolledBack, SourceError, TokvmError, UsageError
+from tokvm.core.units import format_duration
 from tokvm.migration.book import Book
 from tokvm.migration.doors import Clock, Doors, Morpher, Observer, Silent, SystemClock, Unfailing
 from tokvm.migration.journal import Journal
@@ -28,6 +30,8 @@ from tokvm.migration.steps.start import intend, start
 from tokvm.migration.steps.stop import predict, prepare, refuse_running_target, stop
 from tokvm.migration.steps.sync import Converge, sync
 from tokvm.migration.work import CutoverOptions, Work
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "Clock",
@@ -66,6 +70,10 @@ NEXT = {
 }
 
 
+RESCUE_PAUSES_S = (2.0, 4.0, 8.0, 16.0, 30.0)
+"""Between two tries of a rollback that nobody asked for; the last one again and again."""
+
+
 class Migration:
     """The verbs. Each may be run again after any interruption and goes on."""
 
@@ -102,9 +110,11 @@ class Migration:
         deadline_s: float = 300.0,
         proof_s: float = 300.0,
         settle_s: float = 60.0,
+        late_stop_s: float = 1300.0,
+        rescue_s: float = 600.0,
     ) -> CutoverReport:
         """Stop, last delta, morph, start, proof of life; from wherever an earlier run was interrupted."""
-        options = CutoverOptions(budget_s, deadline_s, force_off, proof_s, settle_s)
+        options = CutoverOptions(budget_s, deadline_s, force_off, proof_s, settle_s, late_stop_s=late_stop_s, rescue_s=rescue_s)
         with self._journal.lock(self._id):
             work = self._work(options)
             _refuse_finished(work)
@@ -130,10 +140,10 @@ class Migration:
             fix="cut over again",
         )
 
-    def rollback(self, *, accept_data_loss: bool = False, settle_s: float = 60.0) -> StatusReport:
+    def rollback(self, *, accept_data_loss: bool = False, settle_s: float = 60.0, late_stop_s: float = 1300.0) -> StatusReport:
         """The source runs again. Lossless before the commit point; behind it only with `accept_data_loss`."""
         with self._journal.lock(self._id):
-            work = self._work(CutoverOptions(settle_s=settle_s))
+            work = self._work(CutoverOptions(settle_s=settle_s, late_stop_s=late_stop_s))
             if work.phase not in (Phase.COPY, Phase.ROLLED_BACK):
                 if work.phase is not Phase.ROLLBACK_INTENT:
                     _may_roll_back(work, accept_data_loss=accept_data_loss)
@@ -180,7 +190,7 @@ class _Rescue:
         try:
             work.advance(Event.ROLL_BACK, what)
             work.doors.observer.note(f"the cutover failed ({what}); going back to the source")
-            roll_back(work)
+            _roll_back_patiently(work)
         except TokvmError as worse:
             raise NeedsPerson(
                 f"the cutover failed ({what}) and could not be rolled back yet: {worse.what}; the VM may be off on both sides",
@@ -191,6 +201,28 @@ class _Rescue:
             return
         fix = error.fix if isinstance(error, TokvmError) else "report this, with the log"
         raise RolledBack(f"{what}; the cutover was rolled back and the source runs", where=work.name, fix=fix) from error
+
+
+def _roll_back_patiently(work: Work) -> None:
+    """Nobody may be at the terminal, and the VM is off: a source that restarts its toolstack, or refuses for a moment, is asked
+    again until `rescue_s` is over. Every part of a rollback may run twice."""
+    clock, tries = work.doors.clock, 0
+    until = clock.monotonic() + work.options.rescue_s
+    while True:
+        try:
+            roll_back(work)
+            return
+        except SourceError as failed:
+            pause = RESCUE_PAUSES_S[min(tries, len(RESCUE_PAUSES_S) - 1)]
+            tries += 1
+            if clock.monotonic() + pause > until:
+                raise
+            log.warning("migration %s: try %d of the rollback failed: %s", work.id, tries, failed)
+            work.doors.observer.note(
+                f"try {tries} of the rollback failed ({failed.what}); again in {format_duration(pause)}. The VM may be off; "
+                f"after Ctrl-C: tokvm rollback {work.id}"
+            )
+            work.sleep(pause)
 
 
 def _lossless(work: Work) -> bool:

@@ -8,7 +8,7 @@ seal: a hash over all rows of one migration, renewed in each transaction; a flip
 from __future__ import annotations
 
 APPLICATION_ID = 0x746F6B76  # "tokv"
-VERSION = 1
+VERSION = 2
 
 TABLES = """
 CREATE TABLE transition (
@@ -40,6 +40,7 @@ CREATE TABLE snapshot (
 CREATE TABLE pass (
     migration TEXT NOT NULL REFERENCES migration, number INTEGER NOT NULL, disk INTEGER NOT NULL,
     kind TEXT NOT NULL CHECK (kind IN ('base', 'delta', 'final')), since INTEGER, fingerprint TEXT NOT NULL,
+    size INTEGER NOT NULL,
     state TEXT NOT NULL CHECK (state IN ('running', 'done', 'void')), checkpoint TEXT,
     bytes INTEGER NOT NULL DEFAULT 0, seconds REAL NOT NULL DEFAULT 0, PRIMARY KEY (migration, number, disk)
 ) STRICT, WITHOUT ROWID;

@@ -26,7 +26,9 @@ T = TypeVar("T")
 class CutoverOptions:
     """budget_s: the longest downtime accepted. deadline_s: how long the guest may take to stop. force_off: then cut its power.
     proof_s: how long the target may take to show life; 0 asks for no proof. settle_s: how long to wait for a hypervisor to
-    finish what it has in hand. poll_s: between two looks."""
+    finish what it has in hand. poll_s: between two looks. late_stop_s: how long a rollback waits for a stop that the hypervisor
+    still has in hand while the source runs (xapi keeps a clean shutdown for 20 minutes). rescue_s: how long a rollback that
+    nobody asked for is tried again while the source cannot be reached or refuses."""
 
     budget_s: float | None = None
     deadline_s: float = 300.0
@@ -34,6 +36,8 @@ class CutoverOptions:
     proof_s: float = 300.0
     settle_s: float = 60.0
     poll_s: float = 0.5
+    late_stop_s: float = 1300.0
+    rescue_s: float = 600.0
 
 
 class Work:
@@ -41,7 +45,7 @@ class Work:
 
     What this run asked before the stop is not asked again in the downtime (each `xe` call costs a good part of a second):
     vm: as surveyed by this run. just_proved: the last thing this run did was to see the source off and fenced.
-    start_sent_here: every start of this cutover was sent by this run, so it knows what came of each.
+    start_sent_here: every start of this cutover was sent by this run and refused, so the target never ran.
     """
 
     def __init__(self, book: Book, doors: Doors, options: CutoverOptions | None = None) -> None:

@@ -77,14 +77,15 @@ class SshHost:
             raise RemoteCommandError(command, done, where=self.where)
         return done
 
-    def stream(self, command: str, *, deadline_s: float | None = None) -> RemoteStream:
+    def stream(self, command: str, *, deadline_s: float | None = None, first_byte_s: float = 0.0) -> RemoteStream:
         """What an already quoted command line writes to stdout, on a data connection of its own.
 
-        deadline_s: instead of the configured progress deadline.
+        deadline_s: instead of the configured progress deadline. first_byte_s: how long the first byte may take, if longer.
         """
         argv = [*self._argv("ControlPath=none"), *self._command(command)]
         child = process.start(argv, where=self.where, env=ENVIRONMENT)
-        return RemoteStream(child, self.config, command, deadline_s=deadline_s or self.config.progress_deadline_s)
+        deadline_s = deadline_s or self.config.progress_deadline_s
+        return RemoteStream(child, self.config, command, deadline_s=deadline_s, first_byte_s=first_byte_s)
 
     def sftp(self, *, deadline_s: float | None = None) -> SftpClient:
         """A reader of the host's files, on a data connection of its own."""

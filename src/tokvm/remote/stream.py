@@ -19,13 +19,17 @@ from tokvm.remote.ssh_config import SshConfig
 
 
 class RemoteStream:
-    """stdout of one remote command. One thread at a time."""
+    """stdout of one remote command. One thread at a time.
 
-    def __init__(self, child: Child, config: SshConfig, command: str, *, deadline_s: float) -> None:
+    first_byte_s: how long the first byte may take where that is longer than the progress deadline.
+    """
+
+    def __init__(self, child: Child, config: SshConfig, command: str, *, deadline_s: float, first_byte_s: float = 0.0) -> None:
         self._child = child
         self._config = config
         self._command = command
         self._deadline_s = deadline_s
+        self._first_byte_s = max(deadline_s, first_byte_s)
         self._poll = select.poll()
         self._poll.register(child.stdout, select.POLLIN)
         self.received = 0
@@ -41,10 +45,11 @@ class RemoteStream:
 
     def read_into(self, buffer: memoryview) -> int:
         """Bytes read into the front of `buffer`, as many as were there; 0 at the end. ConnectionLost at the deadline."""
-        if not self._poll.poll(self._deadline_s * 1000):
+        deadline_s = self._deadline_s if self.received else self._first_byte_s
+        if not self._poll.poll(deadline_s * 1000):
             self._child.kill()
             raise ConnectionLost(
-                f"no byte came for {self._deadline_s:g} s, after {self.received}; the connection was given up",
+                f"no byte came for {deadline_s:g} s, after {self.received}; the connection was given up",
                 where=self.where,
                 fix="run the same command again; if this repeats, look whether the host's storage hangs",
             )

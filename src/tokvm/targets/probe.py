@@ -27,7 +27,7 @@ def probe_target(spec: TargetSpec, *, size: int) -> None:
     if stat.S_ISBLK(mode):
         BlockDevice.open(spec.path, size=size, expect=None, consent=consent).close()
     elif stat.S_ISREG(mode):
-        RawFile.probe(spec.path, consent=consent)
+        RawFile.probe(spec.path, size=size, consent=consent)
     else:
         raise refuse_kind(spec.path, mode)
 

@@ -2,8 +2,8 @@
 
 O_EXCL does not exclude on a file that exists, so two locks do (flock, and an OFD lock as QEMU's image locking sees it), and a
 look through /proc for other writers. A file we made carries a random token in the attribute user.tokvm.id, so that a copy put
-in its place, or another file of the same name, is not taken for it. A file with our token and no data at all (a run that died
-between making the file and recording its identity) is taken again.
+in its place, or another file of the same name, is not taken for it. A file without any data that has our token or exactly the
+disk's size (a run that died between making the file and recording its identity) is taken again.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class RawFile(Medium):
             raise _cannot_open(path, exc) from exc
         try:
             interlocks.take_locks(path, fd)
+            identity = mark_file(fd)  # first: what a kill leaves behind is empty, or known to be ours
             os.ftruncate(fd, size)
-            identity = mark_file(fd)
             os.fsync(fd)
             _sync_directory(Path(path).parent)
             _warn_if_tight(path, fd, size)
@@ -62,7 +62,7 @@ class RawFile(Medium):
         except OSError as exc:
             raise _cannot_open(path, exc) from exc
         try:
-            _check(path, fd, expect=expect, consent=consent)
+            _check(path, fd, size=size, expect=expect, consent=consent)
             blank = _holds_nothing(fd)
             identity = file_identity(fd) if expect is not None else mark_file(fd)
             if os.fstat(fd).st_size < size:
@@ -79,14 +79,14 @@ class RawFile(Medium):
             raise
 
     @staticmethod
-    def probe(path: str, *, consent: Consent) -> None:
+    def probe(path: str, *, size: int, consent: Consent) -> None:
         """UnsafeTarget when `open` would refuse the file; nothing is changed."""
         try:
             fd = os.open(path, _FLAGS)
         except OSError as exc:
             raise _cannot_open(path, exc) from exc
         try:
-            _check(path, fd, expect=None, consent=consent)
+            _check(path, fd, size=size, expect=None, consent=consent)
         finally:
             os.close(fd)
 
@@ -100,7 +100,7 @@ class RawFile(Medium):
             linux.fallocate(self._fd, linux.FALLOC_ZERO_RANGE | linux.FALLOC_KEEP_SIZE, offset, length)
 
 
-def _check(path: str, fd: int, *, expect: str | None, consent: Consent) -> None:
+def _check(path: str, fd: int, *, size: int, expect: str | None, consent: Consent) -> None:
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         raise interlocks.refuse_kind(path, status.st_mode)
@@ -119,8 +119,8 @@ def _check(path: str, fd: int, *, expect: str | None, consent: Consent) -> None:
     if expect is not None:
         interlocks.refuse_other_identity(path, expect, file_identity(fd))
         return
-    ours_unused = _holds_nothing(fd) and _token(fd)
-    if status.st_size and not ours_unused and not consent.covers(status.st_size, (), needs_confirm=False):
+    unused = _holds_nothing(fd) and (status.st_size == size or _token(fd))
+    if status.st_size and not unused and not consent.covers(status.st_size, (), needs_confirm=False):
         detail = f", and {consent.confirm!r} is not its size" if consent.force else ""
         raise UnsafeTarget(
             f"a file of {status.st_size} bytes is there already, and no run of ours made it{detail}",

@@ -25,13 +25,15 @@ from tokvm.core.disk import Chunk, DiskReader
 from tokvm.core.errors import ConnectionLost, DomainError, NotOff, SourceError, TargetError, TokvmError, UsageError
 from tokvm.core.extents import Extent, ExtentKind, ExtentMap
 from tokvm.core.machine import Disk, Finding, OffEvidence, PowerState, Snapshot, VirtualMachine
-from tokvm.domain.base import DomainPlan, DomainState, TargetDisk
+from tokvm.domain.base import DomainPlan, DomainState, StartUnknown, TargetDisk
 from tokvm.sources.base import MachineSummary
 
 BLOCK = 4096
 UUID = "5f1c2a52-0000-4000-8000-000000000001"
 T = TypeVar("T")
 _MEDIUM = threading.Lock()
+_REFUSAL: dict[type[TokvmError], type[TokvmError]] = {ConnectionLost: SourceError, StartUnknown: DomainError}
+"""How what may lose its reply says no."""
 
 
 class Death(BaseException):  # not an error: nothing may catch it but the harness
@@ -141,7 +143,7 @@ class World:
             case Fault.LOSE_REQUEST:
                 raise lost(f"{name}: the connection broke", where="fake")
             case Fault.REFUSE:
-                raise (SourceError if lost is ConnectionLost else lost)(f"{name}: refused", where="fake")
+                raise _REFUSAL.get(lost, lost)(f"{name}: refused", where="fake")
             case Fault.LATE if self._defer(name, number):
                 raise lost(f"{name}: the connection broke", where="fake")
         result = act()
@@ -492,7 +494,7 @@ class FakeHost:
             if not self.world.target_on:
                 self.world.target_starts("host.start")
 
-        self._call("host.start", act)
+        self.world.call("host.start", act, lost=StartUnknown)
 
     def stop(self, uuid: str) -> None:
         self._call("host.stop", lambda: setattr(self.world, "target_on", False))

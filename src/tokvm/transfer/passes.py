@@ -1,6 +1,7 @@
 """One pass: everything a reader hands out, onto a writer, with checkpoints that never claim more than the medium holds.
 
-    1. state UNKNOWN: what the reader leaves ABSENT is zeroed, unless the target is known to be zero
+    1. state UNKNOWN: what the reader leaves ABSENT is zeroed, unless the target is known to be zero;
+       a delta of a disk that grew: all behind its earlier end is
     2. chunks, in the reader's order ─► pipeline ─► target
     3. about every 32 MiB: the writes so far are flushed ─► manifest flushed ─► Checkpoint recorded ─► …
     4. a delta pass: cells that were only partly overwritten are read back and sealed anew
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from typing import Protocol, cast
@@ -55,6 +56,7 @@ def run_pass(
     limits: PassLimits = DEFAULT_LIMITS,
     cancelled: Callable[[], bool] | None = None,
     total_deadline: float | None = None,
+    grown_from: int | None = None,
 ) -> PassResult:
     """Copy. `record`, `progress` and `cancelled` are called in the calling thread only.
 
@@ -62,13 +64,16 @@ def run_pass(
     progress: bytes of DATA done since the last call, this run only; a bar starts at `resume.data_bytes`.
     total_deadline: a `time.monotonic()` instant. When it passes, or `cancelled()` says so, what is in flight is finished,
     flushed and recorded, and PassStopped is raised. (It is looked at between chunks: a reader that blocks needs its own.)
+    grown_from: the disk's size at the previous pass. A larger target may hold anything behind it, and a delta does not say what
+    never held data there, so it is zeroed first. None: the size is the same.
     """
     if reader.size > writer.size:
         raise TargetError(f"the disk has {reader.size} bytes, the target {writer.size}", fix="give a larger target")
     job = _Pass(reader, writer, record, progress, manifest, limits, _Stop(cancelled, total_deadline), resume or _START)
+    grown = [] if grown_from is None else [(grown_from, max(0, reader.size - grown_from))]
     if resume is not None and manifest is not None and resume.position:
         canary(writer, manifest.path)
-    return job.run(state)
+    return job.run(state, grown)
 
 
 class _Stop:
@@ -113,10 +118,13 @@ class _Pass:
         self._since = time.monotonic()
         self._bucket = TokenBucket(limits.rate_limit) if limits.rate_limit else None
 
-    def run(self, state: TargetState) -> PassResult:
+    def run(self, state: TargetState, grown: list[tuple[int, int]]) -> PassResult:
         began, had = time.monotonic(), self._at.data_bytes
-        if state is TargetState.UNKNOWN and not self._at.zeroed:
-            self._zero_absent()
+        if not self._at.zeroed:
+            if state is TargetState.UNKNOWN:
+                self._zero(self._absent())
+            elif grown:
+                self._zero(grown)
         self._at = replace(self._at, zeroed=True)
         with Pipeline(self._writer, workers=self._limits.workers, manifest=self._manifest) as pipeline:
             reason = self._copy(pipeline)
@@ -191,10 +199,10 @@ class _Pass:
                 return reason
         return None
 
-    def _zero_absent(self) -> None:
-        """Make what the reader says nothing about read as zeros, ascending; and write down that it does."""
+    def _zero(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Make the ranges (ascending) read as zeros from `zeroed_to` on; and write down that they do."""
         known = self._writer.known_zero
-        for offset, length in self._absent():
+        for offset, length in _steps(ranges, self._at.zeroed_to):
             if not known:
                 self._writer.zero(offset, length)
             if self._manifest is not None:
@@ -209,14 +217,10 @@ class _Pass:
         self._checkpoint_here()
 
     def _absent(self) -> Iterator[tuple[int, int]]:
-        """ABSENT ranges from `zeroed_to` on, in steps short enough to stop between."""
-        begin = self._at.zeroed_to
+        """What the reader says nothing about."""
         for window in self._reader.covered():
             offsets, lengths = window.gaps()
-            for offset, length in zip(offsets.tolist(), lengths.tolist(), strict=True):
-                end = offset + length
-                for at in range(max(offset, begin), end, _ZERO_STEP):
-                    yield at, min(_ZERO_STEP, end - at)
+            yield from zip(offsets.tolist(), lengths.tolist(), strict=True)
 
     def _checkpoint_here(self) -> None:
         self._writer.flush()
@@ -232,6 +236,14 @@ class _Pass:
         if self._stop.deadline is not None:
             until = min(until, self._stop.deadline)
         return reseal(self._writer, self._manifest, until=until, workers=self._limits.workers)
+
+
+def _steps(ranges: Iterable[tuple[int, int]], begin: int) -> Iterator[tuple[int, int]]:
+    """The ranges from `begin` on, in steps short enough to stop between."""
+    for offset, length in ranges:
+        end = offset + length
+        for at in range(max(offset, begin), end, _ZERO_STEP):
+            yield at, min(_ZERO_STEP, end - at)
 
 
 class _Nothing:

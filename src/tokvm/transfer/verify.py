@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from tokvm.core.errors import TargetError
+from tokvm.core.extents import ExtentMap
 from tokvm.core.units import KiB, MiB
 from tokvm.transfer.manifest import CELL, ManifestReader, digest
 from tokvm.transfer.resolve import resolve, windows
@@ -100,23 +101,42 @@ def verify(
     return VerifyReport(total.verified, total.unverifiable, _merged(total.bad), total.skipped)
 
 
-def canary(target: Readable, path: Path) -> None:
-    """Before a pass goes on: a few pieces that its earlier run wrote must still be there, or something else wrote to it."""
+def canary(target: Readable, path: Path, *, rewritten: Iterable[ExtentMap] | None = None) -> None:
+    """Before a pass writes: a few pieces that its earlier run, or the pass before it, wrote must still be there, or something
+    else wrote to the target. `path`: that run's manifest. rewritten: what may have been written over since; None: nothing."""
     reader = ManifestReader.open(path)
     try:
-        for cell in sorted({offset // CELL for offset in reader.sample(CANARIES)}):
+        kept = None if rewritten is None else _Gaps(rewritten)
+        cells = {offset // CELL for offset in reader.sample(CANARIES if kept is None else 4 * CANARIES)}
+        if kept is not None:
+            cells = {cell for cell in cells if kept.hold(cell * CELL, min(CELL, reader.header.size - cell * CELL))}
+        for cell in sorted(sorted(cells, key=lambda _: random.random())[:CANARIES]):
             start = cell * CELL
             found = resolve([reader], start, min(start + CELL, reader.header.size))
             for row in found.whole:
                 offset, length = int(row["offset"]), int(row["length"])
                 if digest(target.read_back(offset, length)) != row["digest"].tobytes():
                     raise TargetError(
-                        "the target no longer holds what the earlier run of this pass wrote",
+                        "the target no longer holds what the passes wrote to it",
                         where=f"{getattr(target, 'path', 'target')}@{offset:#x}",
                         fix="something else wrote to it: copy this disk anew with another state directory",
                     )
     finally:
         reader.close()
+
+
+class _Gaps:
+    """The ABSENT ranges of some maps, to be asked."""
+
+    def __init__(self, maps: Iterable[ExtentMap]) -> None:
+        pairs = [one.gaps() for one in maps]
+        self._start = np.concatenate([pair[0] for pair in pairs] or [np.empty(0, np.int64)])
+        self._stop = self._start + np.concatenate([pair[1] for pair in pairs] or [np.empty(0, np.int64)])
+
+    def hold(self, offset: int, length: int) -> bool:
+        """All of the range lies in one of them."""
+        at = int(np.searchsorted(self._start, offset, side="right")) - 1
+        return at >= 0 and bool(offset + length <= self._stop[at])
 
 
 class _Total:

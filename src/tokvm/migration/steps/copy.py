@@ -9,7 +9,7 @@ import logging
 import time
 
 from tokvm.core.disk import DiskReader, DiskWriter
-from tokvm.core.errors import ConnectionLost, TargetError
+from tokvm.core.errors import ConnectionLost, TargetError, UnsafeTarget
 from tokvm.core.machine import Disk, VirtualMachine
 from tokvm.migration.records import DiskRecord, PassRecord, PassState, SnapshotRecord
 from tokvm.migration.rounds import Round
@@ -17,6 +17,7 @@ from tokvm.migration.work import TRIES, Work
 from tokvm.transfer.checkpoint import Checkpoint, PassStopped, TargetState
 from tokvm.transfer.manifest import ManifestWriter
 from tokvm.transfer.passes import run_pass
+from tokvm.transfer.verify import canary
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +68,12 @@ def _copy_disk(
     before = None if since is None else since.snapshot.snapshot
     reader = work.doors.source.open_disk(disk, at.snapshot, before)
     try:
-        resume = _begin(work, record, at, since, reader, row)
         writer = work.doors.open_target(record.index)
         try:
             _same_target(work, record, reader, writer)
+            if since is not None:
+                _holds_previous_pass(work, record, since, reader, writer)
+            resume = _begin(work, record, at, since, reader, row)
             _run(work, record, at, since, reader, writer, resume, in_downtime=in_downtime)
         finally:
             writer.close()
@@ -89,7 +92,9 @@ def _begin(
         work.doors.observer.note(
             f"disk {disk.index}: the source presents pass {at.number} in another way; its pass begins again"
         )
-    work.book.pass_begun(PassRecord(at.number, disk.index, at.kind, number, reader.fingerprint, PassState.RUNNING))
+    work.book.pass_begun(
+        PassRecord(at.number, disk.index, at.kind, number, reader.fingerprint, PassState.RUNNING, size=reader.size)
+    )
     return None
 
 
@@ -104,8 +109,34 @@ def _same_target(work: Work, disk: DiskRecord, reader: DiskReader, writer: DiskW
         raise TargetError(
             f"the target has {writer.size} bytes, the disk {reader.size}", where=disk.path, fix="grow the target, then go on"
         )
+    other = work.book.also_holds(disk.index, writer.identity)
+    if other is not None:
+        raise UnsafeTarget(
+            f"this is the target of another disk already ({writer.identity}, known as {other.path})",
+            where=disk.path,
+            fix="give each disk a target of its own; `tokvm status` shows the migrations that are not finished",
+        )
     if not disk.identity:
         work.book.disk_identity(disk.index, writer.identity)
+
+
+def _holds_previous_pass(work: Work, disk: DiskRecord, since: Round, reader: DiskReader, writer: DiskWriter) -> None:
+    """A delta over something else than the pass before it would be neither; asked before the first byte of it is written.
+
+    A later pass that was broken off may have written already, and what it wrote is in what this one will write.
+    """
+    path = work.doors.manifest_path(since.number, disk.index)
+    if not path.exists():
+        log.warning("%s is gone: disk %d is not compared with pass %d before the next one", path, disk.index, since.number)
+        return
+    written = any(one.disk == disk.index and one.number > since.number for one in work.book.passes())
+    canary(writer, path, rewritten=reader.covered() if written else None)
+
+
+def _grown_from(since: Round | None, disk: DiskRecord, reader: DiskReader) -> int | None:
+    """The disk's size at the previous pass, where it was smaller."""
+    before = () if since is None else tuple(one.size for one in since.passes if one.disk == disk.index)
+    return next((size for size in before if size < reader.size), None)
 
 
 def _run(
@@ -139,6 +170,7 @@ def _run(
             limits=work.doors.limits,
             cancelled=work.over_budget if left is not None else None,
             total_deadline=None if left is None else time.monotonic() + left,
+            grown_from=_grown_from(since, disk, reader),
         )
     except PassStopped as stopped:
         raise work.too_long("during the final delta") from stopped

@@ -10,7 +10,7 @@ from enum import Enum
 from tokvm.core.errors import NeedsPerson, NotOff, SourceError
 from tokvm.core.machine import PowerState
 from tokvm.domain.base import DomainState
-from tokvm.migration.phases import Event
+from tokvm.migration.phases import LOSSLESS_ROLLBACK, Event
 from tokvm.migration.work import Work
 
 
@@ -42,13 +42,14 @@ def look(work: Work) -> tuple[Standing, str]:
 
 
 def standing(work: Work) -> Standing:
-    """The source's standing, waited for while it is UNCLEAR; NotOff when it stays so."""
+    """The source's standing, waited for while it is UNCLEAR; NotOff when it stays so. The budget ends at the commit point."""
     until = work.doors.clock.monotonic() + work.options.settle_s
     while True:
         found, words = look(work)
         if found is not Standing.UNCLEAR:
             return found
-        work.check_budget("while the source was stopped")
+        if work.phase in LOSSLESS_ROLLBACK:
+            work.check_budget("while the source was stopped")
         if work.doors.clock.monotonic() >= until:
             raise NotOff(
                 f"the source is not proved off: {words}",

@@ -53,12 +53,18 @@ def reconcile(work: Work) -> None:
 
 
 def _settle(work: Work, record: SnapshotRecord, found: Snapshot | None) -> None:
+    """A snapshot that has lost a disk (removed by hand, or half removed) is as good as gone: nothing can be read from it."""
+    if found is not None and {disk.key for disk in work.book.disks()} - found.disks.keys():
+        found = None
     match record.state, found:
         case SnapshotState.INTENDED, Snapshot():
             work.book.snapshot_made(record.number, found)
         case SnapshotState.INTENDED, None if record.kind is PassKind.FINAL:
             work.book.snapshot_removed(record.number)
         case SnapshotState.MADE, None:
+            if any(one.number == record.number and not one.done for one in rounds_of(work.book)):
+                # a half-copied pass cannot be finished any more; the next delta, since the same round, brings all of it again
+                work.book.void_passes(record.number)
             work.book.snapshot_removed(record.number)
 
 

@@ -1,15 +1,21 @@
 """Rollback: the target can never start any more, then the source runs again. Every part may run twice.
 
 stop target ─► undefine ─► seen absent ─► undo morph ─► no stop pending ─► unfence ─► start source ─► seen running
+
+xapi keeps a clean shutdown in hand for up to 20 minutes, whatever became of who asked for it. While the source runs that long
+is waited: it costs nothing, and a source that was "started" before the stop lands would be off after it.
 """
 
 from __future__ import annotations
 
 from tokvm.core.errors import DomainError, NotOff, SourceError
 from tokvm.core.machine import PowerState
+from tokvm.core.units import format_duration
 from tokvm.domain.base import DomainState
 from tokvm.migration.phases import Event
 from tokvm.migration.work import TRIES, Work
+
+TOLD_EVERY_S = 30.0
 
 
 def roll_back(work: Work) -> None:
@@ -41,11 +47,22 @@ def _remove_target(work: Work) -> None:
 
 
 def _wait_for_late_stop(work: Work) -> None:
-    until = work.doors.clock.monotonic() + work.options.settle_s
+    """As long as `late_stop_s` while the source runs, `settle_s` once it does not: then somebody is without a VM."""
+    clock, options = work.doors.clock, work.options
+    begun = told = ran = clock.monotonic()
     while work.ask(work.doors.source.stop_pending):
-        if work.doors.clock.monotonic() >= until:
+        runs = work.ask(work.doors.source.power) is PowerState.RUNNING
+        now = clock.monotonic()
+        ran = now if runs else ran
+        if now - begun >= options.late_stop_s or now - ran >= options.settle_s:
             raise NotOff("a stop of the source is still under way and may land late", where=work.name, fix=_again(work))
-        work.sleep(work.options.poll_s)
+        if now - told >= TOLD_EVERY_S:
+            told = now
+            work.doors.observer.note(
+                f"a stop of the source is still under way, for {format_duration(now - begun)} now; "
+                f"{'the source runs meanwhile' if runs else 'the source is off'}"
+            )
+        work.sleep(options.poll_s)
 
 
 def _wait_until_it_runs(work: Work) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 
 from tokvm.core.errors import DomainError, NeedsPerson
-from tokvm.domain.base import DomainState
+from tokvm.domain.base import DomainState, StartUnknown
 from tokvm.migration.phases import Event
 from tokvm.migration.records import DowntimePart, TargetRan
 from tokvm.migration.steps.fence import SourceRuns, Standing, choose, fence, refuse_two, require_off, standing
@@ -46,16 +46,23 @@ def start(work: Work) -> None:
 
 
 def start_once(work: Work) -> bool:
-    """Send one start and see what comes of it. True: it runs."""
+    """Send one start and see what comes of it. True: it runs.
+
+    Only a start that libvirt refused, of a domain then seen not running, never ran. One that was taken, or whose reply was
+    lost, may have run and ended again before anybody looked: from then on this run knows no more than any other.
+    """
     if work.record.target_ran is TargetRan.NO:
         work.start_sent_here = True
         work.book.target_ran(TargetRan.MAYBE)
+    refused = False
     try:
         work.doors.host.start(work.uuid)
-    except DomainError as refused:
-        log.warning("migration %s: start failed: %s", work.id, refused.what)
-        work.doors.observer.note(f"start failed: {refused.what}")
+    except DomainError as failed:
+        refused = not isinstance(failed, StartUnknown)
+        log.warning("migration %s: start failed: %s", work.id, failed.what)
+        work.doors.observer.note(f"start failed: {failed.what}")
         work.sleep(work.options.poll_s)
+    work.start_sent_here = work.start_sent_here and refused
     return work.doors.host.state(work.uuid) is DomainState.RUNNING
 
 
@@ -87,14 +94,14 @@ def _revoke(work: Work) -> bool:
 
 
 def _give_up(work: Work) -> None:
-    """It does not start. Proved never to have run only when every start was sent, and seen to fail, by this very run."""
+    """It does not start. Proved never to have run only when every start was sent by this very run, and refused."""
     if not _revoke(work):
         work.doors.host.define(work.plan())
         _started(work)
         return
     if not work.start_sent_here:
         raise NeedsPerson(
-            "the target does not start; an earlier run had sent a start, so it may have run and written before",
+            "the target does not stay on; a start was sent that nobody saw refused, so it may have run and written",
             where=work.name,
             fix=f"to go back to the source: tokvm rollback {work.id} --accept-data-loss. To try again: tokvm cutover {work.id}",
         )

@@ -58,20 +58,26 @@ def _enough(work: Work, made: list[PassReport], passes: int | None, converge: Co
     done = [one for one in rounds_of(work.book) if one.done]
     if passes is not None:
         return StopCause.ASKED if len(done) >= passes else None
-    if done[-1].kind is PassKind.BASE:
+    if _whole(done[-1]):
         return None
-    return _converged(work, [one.report() for one in done], made, converge)
+    return _converged(work, done, made, converge)
 
 
-def _converged(work: Work, done: list[PassReport], made: list[PassReport], converge: Converge) -> StopCause | None:
+def _whole(one: Round) -> bool:
+    """It copied everything. A round begun as a delta does too when what it was to be since was voided meanwhile."""
+    return one.kind is PassKind.BASE or any(copied.since is None for copied in one.passes)
+
+
+def _converged(work: Work, done: list[Round], made: list[PassReport], converge: Converge) -> StopCause | None:
     budget, prediction = work.options.budget_s, predict(work)
     if budget is not None:
         fits = prediction is not None and prediction.total_s <= budget
         return StopCause.BUDGET if fits else StopCause.LIMIT if len(made) > converge.limit else None
-    if done[-1].bytes <= converge.small_bytes:
+    moved, since = done[-1].report().bytes, {one.since for one in done[-1].passes}
+    if moved <= converge.small_bytes:
         return StopCause.SMALL
     if len(made) > converge.limit:
         return StopCause.LIMIT
-    before = done[-2]
-    flat = before.kind != PassKind.BASE and done[-1].bytes > before.bytes * converge.shrink
+    before = next((one for one in done[:-1] if one.number in since and not _whole(one)), None)
+    flat = before is not None and moved > before.report().bytes * converge.shrink
     return StopCause.FLAT if flat else None

@@ -4,7 +4,10 @@
     set -o pipefail; xe vdi-export … filename= | tail -c +N                         the same from byte N (counted from 1) on
 
 XAPI writes the same VHD for the same frozen disk again, so a broken stream goes on from where it was: `images.vhd_stream`
-checks that by the fingerprint of its block table. The host reads the disk from its start each time; only the network is spared.
+checks that by the fingerprint of its block table. The host reads the disk from its start each time; only the network is spared,
+and nothing is sent until the host has read N bytes.
+
+The size to expect is the frozen image's: the VM's disk may have grown since.
 """
 
 from __future__ import annotations
@@ -16,16 +19,20 @@ from tokvm.images.base import ByteStream
 from tokvm.images.vhd_stream import StreamKind, VhdStream
 from tokvm.remote.ssh import RemoteCommandError, quote
 from tokvm.sources.xenserver.faults import explain
-from tokvm.sources.xenserver.xe import Host, is_uuid
+from tokvm.sources.xenserver.xe import Host, Xe, is_uuid, value_of
+
+
+SKIPPED_PER_S = 20e6
+"""Bytes that even a slow host reads past in a second, for `tail` to drop them. A guess on the safe side."""
 
 
 def open_disk(host: Host, disk: Disk, at: Snapshot, since: Snapshot | None) -> DiskReader:
     frozen = _frozen(host, disk, at)
     base = None if since is None else _frozen(host, disk, since)
     return VhdStream(
-        lambda first: _Export(host, export_command(frozen, base, first)),
+        lambda first: _Export(host, export_command(frozen, base, first), first),
         name=f"{host.where} VDI {frozen}",
-        expect_size=disk.size,
+        expect_size=_size(host, frozen),
         expect_parent=StreamKind.BASE if base is None else StreamKind.DIFFERENCING,
     )
 
@@ -47,12 +54,21 @@ def _frozen(host: Host, disk: Disk, snapshot: Snapshot) -> str:
     return frozen
 
 
+def _size(host: Host, vdi: str) -> int:
+    xe = Xe(host)
+    command = value_of("vdi", vdi, "virtual-size")
+    answer = xe.ask(*command)
+    if not (answer.isascii() and answer.isdecimal()):
+        raise xe.confused(command, answer)
+    return int(answer)
+
+
 class _Export:
     """A ByteStream whose failures are in our words."""
 
-    def __init__(self, host: Host, command: str) -> None:
+    def __init__(self, host: Host, command: str, first: int) -> None:
         self._where = host.where
-        self._stream: ByteStream = host.stream(command)
+        self._stream: ByteStream = host.stream(command, first_byte_s=first / SKIPPED_PER_S)
 
     def read_into(self, buffer: memoryview) -> int:
         return self._stream.read_into(buffer)

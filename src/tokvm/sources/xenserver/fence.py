@@ -6,7 +6,8 @@
     other-config:auto_poweron    `false` if it was `true`: the host's boot does not start it
 
 Whatever died in between, the record tells the next one all that has to be put back. A block of somebody else is left alone,
-now and at the end.
+now and at the end. When the fence is lifted the blocks go first and the priority comes last: where HA refuses it, the VM can
+be started all the same, and the record stays for a later try.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import logging
 from dataclasses import asdict, dataclass
 
-from tokvm.core.errors import SourceError, UsageError
+from tokvm.core.errors import ConnectionLost, SourceError, UsageError
 from tokvm.sources.xenserver.claims import remove_key
 from tokvm.sources.xenserver.xe import Xe, value_of
 
@@ -97,13 +98,23 @@ def unfence(xe: Xe, vm: str) -> None:
         elif blocked is not None:
             log.warning("VM %s: %s stays blocked by somebody else: %s", vm, operation, blocked)
     _set_auto(xe, vm, now, wanted=before.auto_poweron)
-    _set_ha(xe, vm, now, before.ha_priority)
+    refusal = _restore_ha(xe, vm, now, before.ha_priority)
     now = _look(xe, vm)
     ours = [
         operation for operation, reason in now.blocks.items() if reason == before.reason and operation not in before.blocked
     ]
-    if ours or now.ha_priority != before.ha_priority or now.auto_poweron != before.auto_poweron:
+    if ours or now.auto_poweron != before.auto_poweron:
         raise _refused(xe, vm, "unfenced", now)
+    if now.ha_priority != before.ha_priority:
+        log.warning(
+            "VM %s may be started again, but HA does not protect it: ha-restart-priority is %r and was %r before (%s); "
+            "set it by hand (xe vm-param-set), or unfence again when HA has room",
+            vm,
+            now.ha_priority,
+            before.ha_priority,
+            refusal or "it was read back unchanged",
+        )
+        return
     remove_key(xe, vm, "other-config", RECORD)
     if xe.key(vm, "other-config", RECORD):
         raise _refused(xe, vm, "unfenced", now)
@@ -154,6 +165,17 @@ def _look(xe: Xe, vm: str) -> _Now:
 def _set_ha(xe: Xe, vm: str, now: _Now, wanted: str) -> None:
     if now.ha_priority != wanted:
         xe.act("vm-param-set", f"uuid={vm}", f"ha-restart-priority={wanted}")
+
+
+def _restore_ha(xe: Xe, vm: str, now: _Now, wanted: str) -> str:
+    """HA refuses a priority while its failover plan has no room for the VM (a host is down). Why, or "" when it did not."""
+    try:
+        _set_ha(xe, vm, now, wanted)
+    except ConnectionLost:
+        raise
+    except SourceError as refused:
+        return refused.what
+    return ""
 
 
 def _set_auto(xe: Xe, vm: str, now: _Now, *, wanted: bool) -> None:
