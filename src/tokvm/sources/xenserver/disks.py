@@ -21,7 +21,6 @@ from tokvm.remote.ssh import RemoteCommandError, quote
 from tokvm.sources.xenserver.faults import explain
 from tokvm.sources.xenserver.xe import Host, Xe, is_uuid, value_of
 
-
 SKIPPED_PER_S = 20e6
 """Bytes that even a slow host reads past in a second, for `tail` to drop them. A guess on the safe side."""
 
