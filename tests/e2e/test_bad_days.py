@@ -69,8 +69,8 @@ def operator(tmp_path: Path) -> Iterator[Operator]:
 @pytest.mark.parametrize(
     ("kind", "settings", "code", "says"),
     [
-        ("short", {"at": 3 * MiB}, 3, "ends"),
-        ("http_500", {}, 3, "vdi-export"),
+        ("short", {"at": 3 * MiB}, 3, "before the end of guest data"),
+        ("http_500", {}, 3, "before the end of the footer"),
         ("fail", {"at": 3 * MiB}, 4, "vdi-export"),
         ("refuse", {"text": "SR_BACKEND_FAILURE_46 The VDI is not available"}, 4, "SR"),
     ],
