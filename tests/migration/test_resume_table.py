@@ -33,10 +33,6 @@ def stopped_at(make_synced: MakeSynced, phase: Phase) -> Any:
         assert number < 80, f"{phase} is never reached"
 
 
-def same_bytes(rig: Any) -> bool:
-    return all(a == b for a, b in zip(rig.world.disks, rig.world.targets, strict=True))
-
-
 def acts(rig: Any) -> list[str]:
     """What was done, questions and chunks left out."""
     questions = {

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import cache
 
 BLKROGET = 0x125E
-BLKSSZGET = 0x1268
 BLKGETSIZE64 = 0x80081272
 BLKZEROOUT = 0x127F
 LOOP_GET_STATUS64 = 0x4C05
@@ -38,11 +37,6 @@ def device_size(fd: int) -> int:
 
 def device_read_only(fd: int) -> bool:
     return bool(struct.unpack("i", fcntl.ioctl(fd, BLKROGET, bytes(4)))[0])
-
-
-def logical_block(fd: int) -> int:
-    """The device's logical block: what an O_DIRECT transfer must be a multiple of. 512, or 4096 (4Kn)."""
-    return int(struct.unpack("i", fcntl.ioctl(fd, BLKSSZGET, bytes(4)))[0])
 
 
 def zero_out(fd: int, offset: int, length: int) -> None:

@@ -7,7 +7,7 @@ import logging
 from tokvm.core.errors import Blocked, ConnectionLost, SourceError
 from tokvm.core.machine import Snapshot, VirtualMachine
 from tokvm.migration.records import PassKind, SnapshotRecord, SnapshotState
-from tokvm.migration.rounds import Round, newest_done, rounds_of, unfinished
+from tokvm.migration.rounds import newest_done, rounds_of, unfinished
 from tokvm.migration.work import TRIES, Work
 
 log = logging.getLogger(__name__)
@@ -66,11 +66,6 @@ def _settle(work: Work, record: SnapshotRecord, found: Snapshot | None) -> None:
                 # a half-copied pass cannot be finished any more; the next delta, since the same round, brings all of it again
                 work.book.void_passes(record.number)
             work.book.snapshot_removed(record.number)
-
-
-def since_of(work: Work) -> Round | None:
-    """The round the next delta is since; None means a base."""
-    return newest_done(rounds_of(work.book))
 
 
 def prune(work: Work) -> None:

@@ -154,9 +154,6 @@ class XenHost:
         """Every stream: vdi, base, first (bytes left away by tail), sent, ended (complete, short or broken)."""
         return self._log("exports.log")
 
-    def bytes_sent(self) -> int:
-        return sum(int(str(row["sent"])) for row in self.exports())
-
     # Its disks (file backend)
 
     def disk_path(self, name: str, disk: int = 0) -> Path:
@@ -173,11 +170,6 @@ class XenHost:
         with self.store.locked(), self.disk_path(name, disk).open("r+b") as file:
             file.seek(offset)
             file.write(data)
-
-    def resize_disk(self, name: str, disk: int = 0, *, size: int) -> None:
-        with self.store.change() as state:
-            os.truncate(self.disk_path(name, disk), size)
-            _disk_vdi(state, name, disk)["size"] = size
 
     def frozen_path(self, snapshot: str, disk: int = 0) -> Path:
         """The raw bytes of a disk as that snapshot (its uuid) froze it."""
