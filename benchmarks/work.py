@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # each worker imports only what it measures
     from tokvm.core.disk import DiskReader
-    from tokvm.images.vhd_stream import VhdStream
+    from tokvm.images.vhd.stream import VhdStream
     from tokvm.remote.ssh import RemoteStream, SshHost
 
 MiB = 1024 * 1024
@@ -159,7 +159,7 @@ def _host(netloc: str, config: str) -> SshHost:
 
 def _vhd_stream(netloc: str, config: str, path: str) -> tuple[VhdStream, Callable[[], None]]:
     """A VHD's bytes as `xe vdi-export` sends them; a restart begins at its byte, as `tail -c` sees it."""
-    from tokvm.images.vhd_stream import VhdStream
+    from tokvm.images.vhd.stream import VhdStream
 
     host = _host(netloc, config)
     quoted = shlex.quote(path)

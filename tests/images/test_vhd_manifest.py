@@ -13,7 +13,7 @@ from tokvm.images.chain import Chain
 from tokvm.images.files import open_file
 from tokvm.images.open import open_image
 from tokvm.images.reader import ChainReader
-from tokvm.images.vhd_stream import StreamKind, VhdStream
+from tokvm.images.vhd.stream import StreamKind, VhdStream
 
 Entry = dict[str, Any]
 Expand = Callable[[str], Path]

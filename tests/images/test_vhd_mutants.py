@@ -16,7 +16,7 @@ from tokvm.core.units import MiB
 from tokvm.images.chain import Chain
 from tokvm.images.open import open_image
 from tokvm.images.reader import ChainReader
-from tokvm.images.vhd_stream import StreamKind, VhdStream
+from tokvm.images.vhd.stream import StreamKind, VhdStream
 
 CPU_LIMIT_S = 2.0
 MEMORY_LIMIT = 256 * MiB

@@ -15,7 +15,7 @@ from tokvm.core.errors import ImageError
 from tokvm.core.extents import Extent, ExtentKind
 from tokvm.images.open import open_image
 from tokvm.images.reader import ChainReader
-from tokvm.images.vhd import VhdLayer, open_vhd
+from tokvm.images.vhd.layer import VhdLayer, open_vhd
 
 SECTOR = 512
 FULL = {"max_examples": 60, "deadline": None, "suppress_health_check": list(HealthCheck)}

@@ -11,7 +11,7 @@ import pytest
 
 from tokvm.core.errors import ImageError
 from tokvm.images.open import open_image
-from tokvm.images.vhd_stream import VhdStream
+from tokvm.images.vhd.stream import VhdStream
 
 SECTOR = 512
 HEADER = 512
@@ -107,7 +107,7 @@ def test_refused_with_place_and_field(kit: Any, case: str) -> None:
 
 def open_image_or_vhd(file: Any) -> None:
     """Too small for any magic is still a VHD's refusal here."""
-    from tokvm.images.vhd import open_vhd
+    from tokvm.images.vhd.layer import open_vhd
 
     (open_image if file.size >= SECTOR else open_vhd)(file)
 

@@ -15,7 +15,7 @@ from tokvm.core.disk import BufferPool, Chunk, DiskReader
 from tokvm.core.errors import ConnectionLost, ImageError, SourceError
 from tokvm.core.extents import ExtentKind
 from tokvm.images.reader import ChainReader
-from tokvm.images.vhd_stream import StreamKind, VhdStream
+from tokvm.images.vhd.stream import StreamKind, VhdStream
 
 SECTOR = 512
 SOME = {"max_examples": 60, "deadline": None, "suppress_health_check": list(HealthCheck)}

@@ -15,7 +15,7 @@ import pytest
 
 from tokvm.core.units import MiB
 from tokvm.images.reader import ChainReader
-from tokvm.images.vhd_stream import StreamKind, VhdStream
+from tokvm.images.vhd.stream import StreamKind, VhdStream
 from tokvm.testing.vhd_writer import blocks_of, runs_of, write_vhd
 
 SECTOR = 512

@@ -11,7 +11,7 @@ from tokvm.core.units import MiB
 from tokvm.images.chain import Chain
 from tokvm.images.files import open_file
 from tokvm.images.reader import ChainReader
-from tokvm.images.vhd import open_vhd
+from tokvm.images.vhd.layer import open_vhd
 from tokvm.lab.clock import OutsideClock
 from tokvm.lab.guest_image import GuestImage, GuestSettings, build_data_disk, build_guest
 from tokvm.lab.kernel import GuestKernel, find_kernel

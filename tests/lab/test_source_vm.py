@@ -12,7 +12,7 @@ import pytest
 
 from tokvm.core.units import KiB, MiB
 from tokvm.images.files import open_file
-from tokvm.images.vhd import open_vhd
+from tokvm.images.vhd.layer import open_vhd
 from tokvm.lab.errors import LabError
 from tokvm.lab.guest_image import GuestImage
 from tokvm.lab.programs import run_program

@@ -15,7 +15,7 @@ from tokvm.images.chain import Chain
 from tokvm.images.files import open_file
 from tokvm.images.open import open_image
 from tokvm.images.reader import ChainReader
-from tokvm.images.vhd_structs import DynamicHeader, Footer
+from tokvm.images.vhd.structs import DynamicHeader, Footer
 from tokvm.testing.xenserver.host import Answer, XenHost
 
 MiB = 1 << 20

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tokvm.core.errors import ImageError
 from tokvm.images.base import Layer, ReadAt
-from tokvm.images.vhd import open_vhd
-from tokvm.images.vhd_footer import has_footer
+from tokvm.images.vhd.footer import has_footer
+from tokvm.images.vhd.layer import open_vhd
 
 # Formats that are known by their first bytes but that nothing here reads yet: named, so that nobody takes them for raw.
 _OTHERS = {

@@ -19,7 +19,7 @@ from typing import BinaryIO
 from uuid import UUID
 
 from tokvm.core.units import SECTOR, GiB, MiB
-from tokvm.images.vhd_structs import FOOTER_SIZE, Footer
+from tokvm.images.vhd.structs import FOOTER_SIZE, Footer
 from tokvm.lab.errors import LabError
 from tokvm.lab.programs import run_program
 from tokvm.testing.vhd_writer import Run, blocks_of, write_vhd

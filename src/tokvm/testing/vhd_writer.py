@@ -15,7 +15,7 @@ from typing import BinaryIO, Literal
 from uuid import UUID
 
 from tokvm.core.units import SECTOR, MiB, round_up
-from tokvm.images.vhd_structs import (
+from tokvm.images.vhd.structs import (
     BATMAP_COOKIE,
     FOOTER_SIZE,
     HEADER_SIZE,

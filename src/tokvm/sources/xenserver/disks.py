@@ -3,7 +3,7 @@
     xe vdi-export uuid=D format=vhd [base=B] filename=                              an empty file name means stdout
     set -o pipefail; xe vdi-export … filename= | tail -c +N                         the same from byte N (counted from 1) on
 
-XAPI writes the same VHD for the same frozen disk again, so a broken stream goes on from where it was: `images.vhd_stream`
+XAPI writes the same VHD for the same frozen disk again, so a broken stream goes on from where it was: `images.vhd.stream`
 checks that by the fingerprint of its block table. The host reads the disk from its start each time; only the network is spared,
 and nothing is sent until the host has read N bytes.
 
@@ -16,7 +16,7 @@ from tokvm.core.disk import DiskReader
 from tokvm.core.errors import SourceError
 from tokvm.core.machine import Disk, Snapshot
 from tokvm.images.base import ByteStream
-from tokvm.images.vhd_stream import StreamKind, VhdStream
+from tokvm.images.vhd.stream import StreamKind, VhdStream
 from tokvm.remote.ssh import RemoteCommandError, quote
 from tokvm.sources.xenserver.faults import explain
 from tokvm.sources.xenserver.xe import Host, Xe, is_uuid, value_of

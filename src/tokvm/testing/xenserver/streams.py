@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from tokvm.images.vhd_structs import checksum
+from tokvm.images.vhd.structs import checksum
 from tokvm.testing.vhd_writer import write_vhd
 from tokvm.testing.xenserver.backend import PIECE, MiB, data_ranges
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from tokvm.core.extents import Column, ExtentKind
 from tokvm.core.units import SECTOR
-from tokvm.images.vhd_structs import (
+from tokvm.images.vhd.structs import (
     FOOTER_SIZE,
     HEADER_SIZE,
     NO_BLOCK,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from tokvm.core.errors import ImageError
 from tokvm.images.base import ReadAt
-from tokvm.images.vhd_structs import FOOTER_COOKIE, FOOTER_SIZE, POISON_COOKIE, DiskType, Footer, bad_field, is_intact
+from tokvm.images.vhd.structs import FOOTER_COOKIE, FOOTER_SIZE, POISON_COOKIE, DiskType, Footer, bad_field, is_intact
 
 
 @dataclass(frozen=True, slots=True)

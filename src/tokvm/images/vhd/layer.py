@@ -7,7 +7,7 @@
 The footer at the end is believed; the copy at the start only when the one at the end is damaged, with a warning: after an
 interrupted inflate on an LVM volume, the end of the volume is garbage. The virtual size is the footer's current size; CHS is
 a rounded-down view of it. On a block device the footer is at the end of the device.
-Spec: Microsoft, "Virtual Hard Disk Image Format Specification" (2006); structures: `vhd_structs`, blocks: `vhd_blocks`.
+Spec: Microsoft, "Virtual Hard Disk Image Format Specification" (2006); structures: `structs`, blocks: `blocks`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import numpy as np
 from tokvm.core.extents import Column, ExtentMap
 from tokvm.images.base import MAX_ROWS, WINDOW, ReadAt, announcer
 from tokvm.images.raw import linear_map
-from tokvm.images.vhd_blocks import BlockTable, Rows, structures_of
-from tokvm.images.vhd_footer import FoundFooter, find_footer
-from tokvm.images.vhd_structs import (
+from tokvm.images.vhd.blocks import BlockTable, Rows, structures_of
+from tokvm.images.vhd.footer import FoundFooter, find_footer
+from tokvm.images.vhd.structs import (
     FOOTER_SIZE,
     HEADER_SIZE,
     MAX_LOCATOR,

@@ -11,8 +11,8 @@ import numpy as np
 from tokvm.core.extents import Column
 from tokvm.core.units import MiB
 from tokvm.images.stream_cursor import StreamCursor
-from tokvm.images.vhd_blocks import BlockTable, structures_of
-from tokvm.images.vhd_structs import (
+from tokvm.images.vhd.blocks import BlockTable, structures_of
+from tokvm.images.vhd.structs import (
     FOOTER_SIZE,
     HEADER_SIZE,
     MAX_SPARSE_SIZE,

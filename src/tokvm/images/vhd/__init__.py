@@ -1,0 +1,1 @@
+"""VHD, fixed, dynamic and differencing: what does this file or stream say?"""
