@@ -16,7 +16,7 @@ from itertools import pairwise
 
 from tokvm.core.errors import ImageError
 from tokvm.core.extents import Extent, ExtentKind, ExtentMap
-from tokvm.images.base import MAX_ROWS, Layer, ReadAt
+from tokvm.images.base import MAX_ROWS, UNKNOWN_PARENT, Layer, ReadAt
 from tokvm.images.raw import RAW_IDENTITY, RawLayer
 
 log = logging.getLogger(__name__)
@@ -148,43 +148,58 @@ def _beyond_is_zero(lower: ExtentMap, end: int) -> ExtentMap:
 def _check_unique(layers: Sequence[Layer]) -> None:
     seen: dict[object, Layer] = {}
     for layer in layers:
-        inode = getattr(layer.file, "inode", None)
-        for key in (layer.identity, inode):
-            if key in seen and key is not None:
-                what = f"it is the same layer as {seen[key].name} (id {layer.identity})"
+        ids = layer.linkage.ids if layer.linkage.unique else ()
+        for key in (*ids, *getattr(layer.file, "inodes", ())):
+            if key in seen:
+                what = f"it is the same layer as {seen[key].name} (id {layer.identity or 'none'})"
                 raise ImageError(what, where=layer.name, fix=_LIST_ALL)
+        for key in (*ids, *getattr(layer.file, "inodes", ())):
             seen[key] = layer
 
 
 def _check_loop(layers: Sequence[Layer]) -> None:
     """The lowest layer's parent must not be in the chain."""
     lowest = layers[0]
-    if lowest.parent_identity == RAW_IDENTITY:
-        return
     for layer in layers:
-        if layer.identity == lowest.parent_identity:
-            what = f"the chain is a loop: its lowest layer names {layer.identity} as parent, which is {layer.name}"
+        common = set(lowest.linkage.parents) & set(layer.linkage.ids) if layer.linkage.unique else set()
+        if common:
+            what = f"the chain is a loop: its lowest layer names {common.pop()} as parent, which is {layer.name}"
             raise ImageError(what, where=lowest.name, fix="the ids were tampered with or a file was copied over another")
 
 
 def _check_order(parent: Layer, child: Layer) -> None:
-    if child.parent_identity is None:
+    if not child.linkage.parents:
         what = f"it is a base without a parent, but it is listed above {parent.name}"
         raise ImageError(what, where=child.name, fix=_LIST_ALL)
 
 
 def _linkage_problems(parent: Layer, child: Layer) -> Iterator[ImageError]:
-    raw_expected = child.parent_identity == RAW_IDENTITY
-    if child.parent_identity != parent.identity or raw_expected != (parent.format == "raw"):
-        expected = "a raw file (its parent id is null)" if raw_expected else f"parent {child.parent_identity}"
+    forced = "--force-linkage if you know that they belong together"
+    names = child.linkage.parents
+    found = f"{parent.name} is {parent.format} {parent.identity or 'without an id'}"
+    raw_expected = RAW_IDENTITY in names
+    if UNKNOWN_PARENT in names:
         yield ImageError(
-            f"it was made over {expected}, but {parent.name} is {parent.format} {parent.identity}",
+            f"it does not say over which disk it was made, and {found}",
             where=child.name,
-            fix=f"{_LIST_ALL}; --force-linkage if you know that they belong together",
+            fix=f"give the descriptor that belongs to it instead; {forced}",
+        )
+    elif not set(names) & set(parent.linkage.ids) or raw_expected != (parent.format == "raw"):
+        expected = "a raw file (its parent id is null)" if raw_expected else f"parent {' or '.join(names)}"
+        yield ImageError(
+            f"it was made over {expected}, but {found}",
+            where=child.name,
+            fix=f"{_LIST_ALL}; {forced}",
         )
     if child.size < parent.size:
         yield ImageError(
             f"its size {child.size} is smaller than {parent.size} of its parent {parent.name}; a child never shrinks",
             where=child.name,
             fix=f"{_LIST_ALL}; --force-linkage if the disk was really made smaller",
+        )
+    if child.sector_size != parent.sector_size and parent.format != "raw":
+        yield ImageError(
+            f"its logical sectors have {child.sector_size} bytes, those of its parent {parent.name} {parent.sector_size}",
+            where=child.name,
+            fix=f"{_LIST_ALL}; {forced}",
         )

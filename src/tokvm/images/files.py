@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from tokvm.core.errors import ImageError
@@ -36,9 +37,9 @@ class LocalFile:
         return self._fd
 
     @property
-    def inode(self) -> tuple[int, int]:
-        """(device, inode): two paths with the same one are the same file."""
-        return self._stat.st_dev, self._stat.st_ino
+    def inodes(self) -> tuple[tuple[int, int], ...]:
+        """(device, inode), one: two paths with the same one are the same file."""
+        return ((self._stat.st_dev, self._stat.st_ino),)
 
     @property
     def stamp(self) -> str:
@@ -65,6 +66,21 @@ class LocalFile:
                     fix="see who writes to the image, then run the command again",
                 )
             done += count
+
+    def data_ranges(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """(offset, length) of what is not a hole in [start, stop), ascending; all of it where nobody can tell."""
+        at = start
+        while at < stop:
+            try:
+                begin = os.lseek(self._fd, at, os.SEEK_DATA)
+                end = os.lseek(self._fd, begin, os.SEEK_HOLE)
+            except OSError as exc:
+                if exc.errno == errno.ENXIO:  # nothing but a hole up to the end
+                    return
+                begin, end = at, stop
+            if begin < stop:
+                yield begin, min(end, stop) - begin
+            at = end
 
     def will_read(self, offset: int, length: int) -> None:
         """The kernel may begin to read this now, into the page cache."""

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from tokvm.core.extents import Column, ExtentKind
 from tokvm.core.units import SECTOR
+from tokvm.images.fields import bad_field
 from tokvm.images.vhd.structs import (
     FOOTER_SIZE,
     HEADER_SIZE,
@@ -29,7 +30,6 @@ from tokvm.images.vhd.structs import (
     DiskType,
     DynamicHeader,
     Footer,
-    bad_field,
     bitmap_size,
 )
 

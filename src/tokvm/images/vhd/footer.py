@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from tokvm.core.errors import ImageError
 from tokvm.images.base import ReadAt
-from tokvm.images.vhd.structs import FOOTER_COOKIE, FOOTER_SIZE, POISON_COOKIE, DiskType, Footer, bad_field, is_intact
+from tokvm.images.fields import bad_field
+from tokvm.images.vhd.structs import FOOTER_COOKIE, FOOTER_SIZE, POISON_COOKIE, DiskType, Footer, is_intact
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,11 @@ def has_footer(file: ReadAt) -> bool:
     if file.size < FOOTER_SIZE:
         return False
     return any(_read(file, at, 8)[:8] in (FOOTER_COOKIE, POISON_COOKIE) for at in (_trailing_offset(file), 0))
+
+
+def has_intact_footer(file: ReadAt) -> bool:
+    """Does the file end with a footer whose checksum is right? A guest's stray bytes do not, unless it means them to."""
+    return file.size >= FOOTER_SIZE and is_intact(_read(file, at := _trailing_offset(file), file.size - at))
 
 
 def _trailing_offset(file: ReadAt) -> int:

@@ -13,12 +13,12 @@ Spec: Microsoft, "Virtual Hard Disk Image Format Specification" (2006); structur
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 
 import numpy as np
 
 from tokvm.core.extents import Column, ExtentMap
-from tokvm.images.base import MAX_ROWS, WINDOW, ReadAt, announcer
+from tokvm.images.base import Linkage, MappedLayer, ReadAt, announcer
+from tokvm.images.fields import bad_field, read_exact
 from tokvm.images.raw import linear_map
 from tokvm.images.vhd.blocks import BlockTable, Rows, structures_of
 from tokvm.images.vhd.footer import FoundFooter, find_footer
@@ -29,7 +29,6 @@ from tokvm.images.vhd.structs import (
     DiskType,
     DynamicHeader,
     Footer,
-    bad_field,
     check_batmap,
 )
 
@@ -38,7 +37,7 @@ log = logging.getLogger(__name__)
 _BATCH_SECTORS = 1 << 19  # bitmaps unpacked at once: 512 KiB of bits, and at worst as many rows
 
 
-class VhdLayer:
+class VhdLayer(MappedLayer):
     """A parsed VHD. Implements `images.base.Layer`; made by `open_vhd`."""
 
     format = "vhd"
@@ -51,48 +50,15 @@ class VhdLayer:
         table: BlockTable | None,
         warnings: tuple[str, ...],
     ) -> None:
-        self.file = file
+        super().__init__(file, size=footer.current_size, linkage=_linkage(footer, header), warnings=warnings)
         self.footer = footer
         self.header = header
-        self.warnings = warnings
         self._table = table
 
-    @property
-    def name(self) -> str:
-        return self.file.name
-
-    @property
-    def size(self) -> int:
-        return self.footer.current_size
-
-    @property
-    def identity(self) -> str:
-        return str(self.footer.unique_id)
-
-    @property
-    def parent_identity(self) -> str | None:
-        """The parent footer's unique id. The null id (`images.raw.RAW_IDENTITY`) means that the parent is a raw file."""
-        if self.header is None or self.footer.type is not DiskType.DIFFERENCING:
-            return None
-        return str(self.header.parent_id)
-
-    def windows(self, *, max_rows: int = MAX_ROWS) -> Iterator[ExtentMap]:
-        start = 0
-        while start < self.size:
-            found = self._map(start, min(start + WINDOW, self.size), max_rows)
-            yield found
-            start = found.stop
-
-    def window(self, start: int, stop: int) -> ExtentMap:
-        return self._map(start, min(stop, self.size), None)
-
-    def _map(self, start: int, stop: int, max_rows: int | None) -> ExtentMap:
-        """[start, stop), or less of it: as many whole blocks as have not much more than `max_rows` rows."""
+    def map_part(self, start: int, stop: int, max_rows: int | None) -> ExtentMap:
         table = self._table
         if table is None:
-            return linear_map(start, stop)
-        if start >= stop:
-            return ExtentMap.empty(start, start)
+            return linear_map(start, stop, file=self.file, max_rows=max_rows)
         blocks = table.present(start // table.block_size, -(-stop // table.block_size))
         step = max(1, _BATCH_SECTORS // table.sectors)
         parts: list[Rows] = []
@@ -152,9 +118,15 @@ class VhdLayer:
         for locator in header.locators:
             text = None
             if locator.length <= MAX_LOCATOR and locator.offset + locator.length <= self.file.size:
-                text = locator.decode(_read(self.file, locator.offset, locator.length))
+                text = locator.decode(read_exact(self.file, locator.offset, locator.length))
             found.append({"code": locator.code.decode("latin-1").strip("\0 "), "path": text})
         return found
+
+
+def _linkage(footer: Footer, header: DynamicHeader | None) -> Linkage:
+    """The null id (`images.raw.RAW_IDENTITY`) as parent means that the parent is a raw file."""
+    is_child = header is not None and footer.type is DiskType.DIFFERENCING
+    return Linkage((str(footer.unique_id),), (str(header.parent_id),) if header is not None and is_child else ())
 
 
 def _cut(part: Rows, stop: int, block_size: int, room: int, *, is_first: bool) -> tuple[Rows, int]:
@@ -182,12 +154,6 @@ def open_vhd(file: ReadAt) -> VhdLayer:
     return VhdLayer(file, footer, header, _read_table(file, found, header), tuple(warnings))
 
 
-def _read(file: ReadAt, offset: int, length: int) -> bytearray:
-    raw = bytearray(length)
-    file.read_into(offset, memoryview(raw))
-    return raw
-
-
 def _check_fixed(file: ReadAt, found: FoundFooter) -> None:
     if found.footer.current_size > found.end:
         allowed = f"at most {found.end}, what the file holds before its footer"
@@ -199,7 +165,7 @@ def _read_header(file: ReadAt, found: FoundFooter) -> DynamicHeader:
     if not FOOTER_SIZE <= at <= found.end - HEADER_SIZE:
         allowed = f"{FOOTER_SIZE:#x} to {found.end - HEADER_SIZE:#x}"
         raise bad_field(file.name, found.offset + 16, "footer data offset", f"{at:#x}", allowed)
-    return DynamicHeader.parse(_read(file, at, HEADER_SIZE), footer=found.footer, name=file.name, offset=at)
+    return DynamicHeader.parse(read_exact(file, at, HEADER_SIZE), footer=found.footer, name=file.name, offset=at)
 
 
 def _read_table(file: ReadAt, found: FoundFooter, header: DynamicHeader) -> BlockTable:
@@ -212,10 +178,10 @@ def _read_table(file: ReadAt, found: FoundFooter, header: DynamicHeader) -> Bloc
         allowed = f"at most {found.end - header.bat_bytes:#x} for {header.entries} entries in this file"
         raise bad_field(file.name, footer.data_offset + 16, "BAT offset", f"{at:#x}", allowed)
     if header.batmap_offset + FOOTER_SIZE <= file.size:
-        batmap = _read(file, header.batmap_offset, FOOTER_SIZE)
+        batmap = read_exact(file, header.batmap_offset, FOOTER_SIZE)
         check_batmap(batmap, name=file.name, offset=header.batmap_offset)
     return BlockTable.parse(
-        _read(file, at, 4 * header.blocks(footer.current_size)),
+        read_exact(file, at, 4 * header.blocks(footer.current_size)),
         kind=footer.type,
         size=footer.current_size,
         block_size=header.block_size,

@@ -10,6 +10,7 @@ import numpy as np
 
 from tokvm.core.extents import Column
 from tokvm.core.units import MiB
+from tokvm.images.fields import bad_field
 from tokvm.images.stream_cursor import StreamCursor
 from tokvm.images.vhd.blocks import BlockTable, structures_of
 from tokvm.images.vhd.structs import (
@@ -20,7 +21,6 @@ from tokvm.images.vhd.structs import (
     DiskType,
     DynamicHeader,
     Footer,
-    bad_field,
     check_batmap,
 )
 

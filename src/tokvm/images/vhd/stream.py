@@ -28,11 +28,12 @@ from tokvm.core.extents import ExtentKind, ExtentMap
 from tokvm.core.units import KiB, MiB
 from tokvm.images.base import WINDOW, ByteStream
 from tokvm.images.buffers import SharedBuffer, page_offset
+from tokvm.images.fields import bad_field
 from tokvm.images.raw import linear_map
 from tokvm.images.stream_cursor import StreamCursor
 from tokvm.images.vhd.blocks import BlockTable
 from tokvm.images.vhd.prefix import Prefix, fixed_prefix, read_prefix
-from tokvm.images.vhd.structs import FOOTER_SIZE, DiskType, Footer, bad_field
+from tokvm.images.vhd.structs import FOOTER_SIZE, DiskType, Footer
 
 _MAX_SLACK = 64 * KiB  # between the last block and the footer: Windows pads to 4 KiB
 _MAX_TAIL = 16 * MiB  # the same where there are no blocks: locators and batmap

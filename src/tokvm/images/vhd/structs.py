@@ -32,6 +32,7 @@ from uuid import UUID
 from tokvm.core.errors import ImageError
 from tokvm.core.text import printable
 from tokvm.core.units import SECTOR, KiB, MiB, TiB, round_up
+from tokvm.images.fields import bad_field
 
 FOOTER_SIZE = 512
 HEADER_SIZE = 1024
@@ -50,7 +51,6 @@ MAX_BLOCK_SIZE = 64 * MiB  # 2 MiB is usual, 512 KiB occurs
 MAX_BLOCKS = 1 << 22  # 2 TiB of 512 KiB blocks; 16 MiB of BAT
 LOCATORS = 8
 MAX_LOCATOR = 64 * KiB
-DAMAGED = "copy the image again from its source; if it is damaged there too, restore it from a backup"
 
 _FOOTER = struct.Struct(">8sIIQI4sI4sQQHBBII16sBB")
 _HEADER = struct.Struct(">8sQQIIII16sI4x512s")
@@ -61,11 +61,6 @@ class DiskType(IntEnum):
     FIXED = 2
     DYNAMIC = 3
     DIFFERENCING = 4
-
-
-def bad_field(name: str, offset: int, field: str, read: object, allowed: str) -> ImageError:
-    """The error of one field: the file and offset it is at, what was read, what would have been allowed."""
-    return ImageError(f"{field} is {read}; allowed: {allowed}", where=f"{name}@{offset:#x}", fix=DAMAGED)
 
 
 def checksum(raw: bytes | bytearray | memoryview, at: int) -> int:

@@ -1,0 +1,1 @@
+"""VHDX and AVHDX: what does this file say, its log included?"""

@@ -1,0 +1,1 @@
+"""VMDK, all kinds: descriptor, flat, hosted sparse, stream-optimised, COWD, seSparse."""
