@@ -76,9 +76,19 @@ def test_map_names_every_byte_once(chain: tuple[Path, Path, bytes]) -> None:
     base, child, content = chain
     rows = json.loads(tokvm("image", "map", str(base), str(child), "--json").stdout)
     assert sum(row["length"] for row in rows) == len(content)
-    assert all(a["offset"] + a["length"] == b["offset"] for a, b in itertools.pairwise(rows))
-    (upper,) = [row for row in rows if row.get("layer") == 1]
-    assert (upper["offset"], upper["length"]) == (2 * MiB + 512, 4096)
+    assert all(a["start"] + a["length"] == b["start"] for a, b in itertools.pairwise(rows))
+    (upper,) = [row for row in rows if row.get("file") == str(child)]
+    assert (upper["start"], upper["length"], upper["depth"]) == (2 * MiB + 512, 4096, 0)
+
+
+def test_map_uses_the_keys_of_qemu_img(chain: tuple[Path, Path, bytes]) -> None:
+    base, _, _ = chain
+    ours = json.loads(tokvm("image", "map", str(base), "--json").stdout)
+    theirs = json.loads(subprocess.check_output(["qemu-img", "map", "-f", "vpc", "--output=json", base]))
+    assert set(theirs[0]) - {"offset"} <= set(ours[0])
+    assert [(r["start"], r["length"], r["offset"]) for r in ours if r["data"]] == [
+        (r["start"], r["length"], r["offset"]) for r in theirs if r["data"]
+    ]
 
 
 def test_a_chain_in_the_wrong_order_is_refused(chain: tuple[Path, Path, bytes]) -> None:

@@ -1,51 +1,18 @@
-"""Image files given on the command line: opened, chained, described, copied."""
+"""What an image file says of itself, and where a chain's bytes are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
-from typing import Protocol
 
-from tokvm.core.disk import BufferPool
+from tokvm.app.image_files import Formats, open_layers
 from tokvm.core.extents import Extent, ExtentKind
 from tokvm.images.chain import Chain
-from tokvm.images.files import open_file
-from tokvm.images.open import open_image
-from tokvm.images.reader import ChainReader
-from tokvm.targets.open import TargetSpec, open_target
-from tokvm.transfer.passes import Checkpoint, PassResult, TargetState, run_pass
-
-BUFFERS = 12
 
 
-class PassProgress(Protocol):
-    """What a conversion tells whoever watches."""
-
-    def begin(self, total: int) -> None: ...
-
-    def advance(self, count: int) -> None: ...
-
-
-@contextmanager
-def open_chain(paths: Sequence[str], *, force_linkage: bool = False) -> Iterator[Chain]:
-    """The chain of these files, base first. Only the files named here are opened, whatever the images say."""
-    with ExitStack() as stack:
-        layers = []
-        for path in paths:
-            file = open_file(path)
-            stack.callback(file.close)
-            layers.append(open_image(file))
-        yield Chain.open(layers, force_linkage=force_linkage)
-
-
-def describe(path: str) -> dict[str, object]:
-    """Everything a person wants to know about one image file."""
-    file = open_file(path)
-    try:
-        return {"file": path, "file_size": file.size, **open_image(file).describe()}
-    finally:
-        file.close()
+def describe(paths: Sequence[str], formats: Formats | None = None) -> list[dict[str, object]]:
+    """Everything a person wants to know about each image among these files."""
+    with open_layers(paths, formats) as layers:
+        return [{"file": layer.name, "file_size": layer.file.size, **layer.describe()} for layer in layers]
 
 
 def map_extents(chain: Chain) -> Iterator[Extent]:
@@ -68,26 +35,29 @@ def _goes_on(last: Extent, extent: Extent) -> bool:
     return same and (last.kind is not ExtentKind.DATA or last.file_offset + last.length == extent.file_offset)
 
 
-def convert(chain: Chain, spec: TargetSpec, progress: PassProgress) -> PassResult:
-    """The chain's content, all of it, onto the target; absent ranges read as zeros afterwards whatever it held before."""
-    reader = ChainReader(chain, pool=BufferPool(BUFFERS))
-    writer = open_target(spec, size=chain.size)
-    try:
-        progress.begin(reader.total)
-        return run_pass(reader, writer, state=TargetState.UNKNOWN, resume=None, record=_keep_nothing, progress=progress.advance)
-    finally:
-        writer.close()
-        reader.close()
+def map_rows(chain: Chain) -> Iterator[dict[str, object]]:
+    """One row per extent with the keys of `qemu-img map --output=json`, and `kind` and `file` besides.
+
+    depth: 0 is the top layer. present: some layer says something here. offset: in `file`, of data that lies there as it is;
+    compressed data has none. What no layer says anything about reads as zeros, or is the parent's when the base is not listed.
+    """
+    top = len(chain.layers) - 1
+    for extent in map_extents(chain):
+        row: dict[str, object] = {"start": extent.offset, "length": extent.length}
+        is_data = extent.kind is ExtentKind.DATA
+        row |= {
+            "depth": top - extent.layer if is_data else 0,
+            "present": extent.kind is not ExtentKind.ABSENT,
+            "zero": extent.kind is ExtentKind.ZERO or (extent.kind is ExtentKind.ABSENT and not chain.partial),
+            "data": is_data,
+            "kind": extent.kind.name,
+        }
+        yield row | (_place(chain, extent) if is_data else {})
 
 
-def _keep_nothing(_checkpoint: Checkpoint) -> None:
-    """A conversion is one command: when it breaks it is run again from the start."""
-
-
-def extent_row(extent: Extent) -> dict[str, object]:
-    """`qemu-img map --output=json`-like, with our three kinds."""
-    row = asdict(extent)
-    row["kind"] = extent.kind.name
-    if extent.kind is not ExtentKind.DATA:
-        del row["file_offset"], row["layer"]
-    return row
+def _place(chain: Chain, extent: Extent) -> dict[str, object]:
+    """In which file the bytes lie, and where. A file that is several, or shows inflated bytes, knows (`locate`)."""
+    file = chain.layers[extent.layer].file
+    locate = getattr(file, "locate", None)
+    name, offset = (file.name, extent.file_offset) if locate is None else locate(extent.file_offset)
+    return {"file": name} | ({"compressed": True} if offset is None else {"offset": offset})

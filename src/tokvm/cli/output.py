@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +13,7 @@ from rich.text import Text
 
 from tokvm.core.errors import TokvmError
 from tokvm.core.text import printable
+from tokvm.core.units import format_bytes
 
 
 def say(line: str) -> None:
@@ -23,6 +25,55 @@ def print_json(document: object) -> None:
     json.dump(document, sys.stdout, indent=2, default=str)
     sys.stdout.write("\n")
     sys.stdout.flush()
+
+
+def print_json_stream(rows: Iterable[object]) -> None:
+    """A JSON array, one element a line, written as it comes: a map may have millions of rows."""
+    separator = "["
+    for row in rows:
+        sys.stdout.write(f"{separator} {json.dumps(row, default=str)}")
+        separator = ",\n"
+    sys.stdout.write("[]\n" if separator == "[" else "]\n")
+    sys.stdout.flush()
+
+
+def print_lines(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Rows that are too many to be laid out first: columns of a fixed width on a terminal, tab-separated off it."""
+    wide = sys.stdout.isatty()
+    for row in chain([headers], rows):
+        cells = [printable(str(cell)) for cell in row]
+        print("  ".join(f"{cell:>15}" for cell in cells[:-1]) + "  " + cells[-1] if wide else "\t".join(cells))
+
+
+def print_tree(fields: Mapping[str, object], *, sizes: Sequence[str] = (), indent: str = "") -> None:
+    """`name: value` lines, nested ones indented. `sizes`: names of fields in bytes, shown in units for people as well."""
+    known = [(name, value) for name, value in fields.items() if value not in (None, "", [], {})]
+    width = max((len(name) for name, value in known if not _nested(value)), default=0)
+    for name, value in known:
+        if isinstance(value, Mapping):
+            print(f"{indent}{printable(name)}")
+            print_tree(value, sizes=sizes, indent=indent + "  ")
+        elif _nested(value):
+            print(f"{indent}{printable(name)}")
+            _print_items(value, sizes, indent + "  ")
+        else:
+            shown = printable(str(value))
+            if name in sizes and isinstance(value, int):
+                shown += f" ({format_bytes(value)})"
+            print(f"{indent}{printable(name):<{width}}  {shown}")
+
+
+def _nested(value: object) -> bool:
+    return isinstance(value, (Mapping, list, tuple))
+
+
+def _print_items(items: object, sizes: Sequence[str], indent: str) -> None:
+    for item in items if isinstance(items, (list, tuple)) else ():
+        if isinstance(item, Mapping):
+            print_tree(item, sizes=sizes, indent=indent)
+            print()
+        else:
+            print(f"{indent}{printable(str(item))}")
 
 
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -10,7 +10,7 @@ file into the next, and O_DIRECT alignment within a file stays what it was.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tokvm.core.errors import ImageError
 from tokvm.core.units import MiB, round_up
@@ -41,6 +41,11 @@ class JoinedFile:
     def stamp(self) -> str:
         return " ".join(str(getattr(file, "stamp", "")) for file in self.files)
 
+    def fileno(self) -> int:
+        """Of the first file, for marks on the image as a whole."""
+        found: int = self.files[0].fileno()  # type: ignore[attr-defined]
+        return found
+
     def read_into(self, offset: int, buffer: memoryview) -> None:
         index, inside = self._find(offset)
         self.files[index].read_into(inside, buffer)
@@ -48,6 +53,13 @@ class JoinedFile:
     def will_read(self, offset: int, length: int) -> None:
         index, inside = self._find(offset)
         self._announce[index](inside, length)
+
+    def locate(self, offset: int) -> tuple[str, int | None]:
+        """(name of the file, offset in it); None where its bytes are not the guest's (compressed)."""
+        index, inside = self._find(offset)
+        file = self.files[index]
+        locate: Callable[[int], tuple[str, int | None]] | None = getattr(file, "locate", None)
+        return (file.name, inside) if locate is None else locate(inside)
 
     def _find(self, offset: int) -> tuple[int, int]:
         index = bisect_right(self.places, offset) - 1

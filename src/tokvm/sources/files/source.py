@@ -7,10 +7,11 @@ r"""Image files that are already here, as a Source without power control: the wo
     3. shut the VM down, copy the last layer                               files:web-0.vhd,web-1.vhd,web-2.vhd
        tokvm sync …   the final delta; then start the target by hand
 
-The whole chain is listed every time, base first. Exactly these paths are opened: where an image says that its parent lies is
-never followed. A disk is known by the id of its lowest layer (VHD: the footer's unique id). A "snapshot" is a mark on the layer
-that was the top at that time (`marks.py`), so a delta is the layers above the one that was copied last. Nobody can stop, fence
-or start a VM that is not known here: those methods refuse. VHD chains for now; `tokvm image convert` works without a journal.
+The whole chain is listed every time, base first. Exactly these paths are opened (and a VMDK descriptor's own extent files):
+where an image says that its parent lies is never followed. A disk is known by the id of its lowest layer (VHD: the footer's
+unique id; VHDX: the DataWriteGuid; VMDK: CID and file name). A "snapshot" is a mark on the layer that was the top at that time
+(`marks.py`), so a delta is the layers above the one that was copied last. Nobody can stop, fence or start a VM that is not
+known here: those methods refuse. `tokvm image convert` and `apply` do the same without a journal.
 """
 
 from __future__ import annotations
@@ -26,8 +27,7 @@ from tokvm.core.machine import Disk, Finding, OffEvidence, PowerState, Severity,
 from tokvm.core.units import GiB
 from tokvm.images.base import Layer
 from tokvm.images.chain import Chain
-from tokvm.images.files import open_file
-from tokvm.images.open import open_image
+from tokvm.images.listed import open_layers
 from tokvm.images.reader import ChainReader
 from tokvm.sources.base import MachineSummary
 from tokvm.sources.files import marks
@@ -119,10 +119,10 @@ class FilesSource:
         with _Opened(paths) as chain:
             for layer in chain.layers:
                 if mark in marks.of(layer.file):
-                    return layer.identity
+                    return _id(layer)
             if before is None:
                 marks.add(chain.layers[-1].file, mark)
-            return chain.identity if before is None else before.disks[key]
+            return _id(chain.layers[-1]) if before is None else before.disks[key]
 
     def snapshots(self, uuid: str, mark_prefix: str) -> list[Snapshot]:
         """Those whose marks the files bear, and those of this object where files cannot bear marks."""
@@ -131,7 +131,7 @@ class FilesSource:
             with _Opened(paths) as chain:
                 for layer in chain.layers:
                     for mark in marks.of(layer.file):
-                        found.setdefault(mark, {})[chain.layers[0].identity] = layer.identity
+                        found.setdefault(mark, {})[_id(chain.layers[0])] = _id(layer)
         wanted = sorted((mark for mark in found if mark.startswith(mark_prefix)), key=marks.order)
         return [Snapshot(f"files:{mark}", mark, found[mark]) for mark in wanted]
 
@@ -150,7 +150,7 @@ class FilesSource:
             stop = self._layer(chain, disk, at) + 1
             start = 0 if since is None else self._layer(chain, disk, since) + 1
             if start >= stop:  # no layer was added since: nothing changed
-                size, identity = chain.layers[stop - 1].size, chain.layers[stop - 1].identity
+                size, identity = chain.layers[stop - 1].size, _id(chain.layers[stop - 1])
                 _close(chain.layers)
                 return _Unchanged(size, identity)
             wanted = Chain.open(chain.layers[start:stop])
@@ -191,7 +191,7 @@ class FilesSource:
         disks: list[Disk] = []
         for index, paths in enumerate(self._disks):
             with _Opened(paths) as chain:
-                key = chain.layers[0].identity
+                key = _id(chain.layers[0])
                 disks.append(Disk(index, key, chain.size, bootable=index == 0, storage="file", label=paths[0].name))
         keys = [disk.key for disk in disks]
         if len(set(keys)) != len(keys):
@@ -212,7 +212,7 @@ class FilesSource:
 
     def _layer(self, chain: Chain, disk: Disk, snapshot: Snapshot) -> int:
         """The place in the chain of what was the top when `snapshot` was marked."""
-        identities = [layer.identity for layer in chain.layers]
+        identities = [_id(layer) for layer in chain.layers]
         wanted = snapshot.disks.get(disk.key, "")
         if disk.key != identities[0] or wanted not in identities:
             raise SourceError(
@@ -264,23 +264,17 @@ class _Opened:
 
 
 def _open_chain(paths: Sequence[Path]) -> Chain:
-    layers: list[Layer] = []
+    layers = open_layers(paths)
     try:
-        for path in paths:
-            layers.append(_open_layer(path))  # noqa: PERF401 - what is open so far must be closed on failure
         return Chain.open(layers)
     except BaseException:
         _close(layers)
         raise
 
 
-def _open_layer(path: Path) -> Layer:
-    file = open_file(path)
-    try:
-        return open_image(file)
-    except BaseException:
-        file.close()
-        raise
+def _id(layer: Layer) -> str:
+    """By what a layer is known from run to run: its id; a VMDK's CID is not its own, so with the file's name."""
+    return layer.identity if layer.linkage.unique else f"{layer.identity}:{Path(layer.name).name}"
 
 
 def _close(layers: Sequence[Layer]) -> None:
