@@ -5,7 +5,7 @@ setup_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # What tokvm and its lab need from the distribution, and what only the tests need on top.
 lab_packages=(
-    python3 python3-venv python3-libvirt openssh-client openssh-server openssh-sftp-server
+    python3 python3-venv python3-libvirt python3-libnbd openssh-client openssh-server openssh-sftp-server
     qemu-system-x86 qemu-utils seabios libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients
     busybox-static grub-pc-bin grub-common e2fsprogs fdisk cpio kmod xz-utils zstd util-linux libxml2-utils
 )

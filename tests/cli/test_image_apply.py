@@ -212,3 +212,19 @@ def _kill_when_pending(argv: list[str], note: Path, state: Path) -> bool:
     process.kill()
     process.wait()
     return False
+
+
+def test_a_qcow2_target_is_converted_applied_and_compared(disk: Disk, tokvm: Run, tmp_path: Path) -> None:
+    target = tmp_path / "disk.qcow2"
+    assert tokvm("image", "convert", disk.names[0], "--to", target).returncode == 0
+    assert apply(tokvm, target, disk.names[2]).returncode == 3  # skipped a layer
+    for number in (1, 2):
+        done = apply(tokvm, target, disk.names[number])
+        assert done.returncode == 0, done.stderr
+    subprocess.run(["qemu-img", "check", "-q", "-f", "qcow2", target], check=True)
+    raw = tmp_path / "read-by-qemu.raw"
+    subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", target, raw], check=True)
+    assert raw.read_bytes() == disk.contents[2]
+    assert tokvm("image", "compare", *disk.names[:3], "--to", target).returncode == 0
+    assert tokvm("image", "compare", *disk.names[:2], "--to", target).returncode == 14
+    assert tokvm("image", "convert", disk.names[0], "--to", target).returncode == 9

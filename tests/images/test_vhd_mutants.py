@@ -10,29 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tests.images.mutation import CPU_LIMIT_S, MEMORY_LIMIT, drain, poke, refusal, run_mutants
 
 from tokvm.core.errors import ImageError
-from tokvm.core.units import MiB
 from tokvm.images.chain import Chain
 from tokvm.images.open import open_image
 from tokvm.images.reader import ChainReader
 from tokvm.images.vhd.stream import StreamKind, VhdStream
 
-CPU_LIMIT_S = 2.0
-MEMORY_LIMIT = 256 * MiB
-INTERESTING = [0, 1, 2, 3, 4, 7, 8, 0xFF, 0x200, 0x7FFF, 0xFFFF, 1 << 16, 1 << 21, 0x7FFFFFFF, 1 << 31, 0xFFFFFFFE, 0xFFFFFFFF]
-WIDE = [
-    *INTERESTING,
-    1 << 32,
-    1 << 40,
-    (1 << 41) - 512,
-    1 << 41,
-    1 << 62,
-    (1 << 63) - 1,
-    1 << 63,
-    (1 << 64) - 512,
-    (1 << 64) - 1,
-]
 FOOTER_FIELDS = [
     (0, 8),
     (8, 4),
@@ -59,19 +44,6 @@ def seeds(kit: Any) -> list[bytes]:
         vhd.sectors = kit.random_sectors(rng, vhd.size, 5)
         made.append(vhd.build())
     return made
-
-
-def poke(rng: random.Random, raw: bytearray, at: int, width: int) -> None:
-    if at + width > len(raw):
-        return
-    choice = rng.random()
-    if choice < 0.35:
-        raw[at + rng.randrange(width)] ^= 1 << rng.randrange(8)
-    elif choice < 0.5:
-        raw[at : at + width] = rng.randbytes(width)
-    else:
-        value = rng.choice(WIDE) & ((1 << 8 * width) - 1)
-        raw[at : at + width] = value.to_bytes(width, "big")
 
 
 def mutate(rng: random.Random, seed: bytes, kit: Any) -> bytes:
@@ -123,34 +95,10 @@ def try_both_ways(kit: Any, raw: bytes) -> str:
     return "read" if file is None else "refused"
 
 
-def refusal(call: Callable[[], None]) -> ImageError | None:
-    try:
-        call()
-    except ImageError as exc:
-        return exc
-    return None
-
-
-def drain(reader: Any) -> None:
-    for chunk in reader.chunks():
-        assert 0 <= chunk.offset < chunk.offset + chunk.length <= reader.size
-        chunk.release()
-
-
-def run_mutants(kit: Any, seed: int, count: int) -> dict[str, int]:
-    rng = random.Random(seed)
-    originals = seeds(kit)
-    outcomes = {"read": 0, "refused": 0}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for number in range(count):
-        raw = mutate(rng, rng.choice(originals), kit)
-        start = time.process_time()
-        outcomes[try_both_ways(kit, raw)] += 1
-        spent = time.process_time() - start
-        assert spent <= CPU_LIMIT_S, f"mutant {number} of seed {seed} took {spent:.1f} s of CPU"
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    assert grown <= MEMORY_LIMIT
-    return outcomes
+def search(kit: Any, *, seed: int, count: int) -> dict[str, int]:
+    return run_mutants(
+        seeds(kit), lambda rng, raw: mutate(rng, raw, kit), lambda raw: try_both_ways(kit, raw), seed=seed, count=count
+    )
 
 
 @pytest.fixture
@@ -167,7 +115,7 @@ def kit_with_pool(kit: Any) -> Any:
 
 
 def test_some_hundred_mutants(kit_with_pool: Any) -> None:
-    outcomes = run_mutants(kit_with_pool, seed=1, count=500)
+    outcomes = search(kit_with_pool, seed=1, count=500)
     assert outcomes["refused"] > 100  # the mutator reaches the checks
     assert outcomes["read"] > 30  # and does not only make rubbish
     assert kit_with_pool.free_buffers(kit_with_pool.pool) == 6
@@ -177,7 +125,7 @@ def test_some_hundred_mutants(kit_with_pool: Any) -> None:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", range(2, 12))
 def test_many_thousand_mutants(kit_with_pool: Any, seed: int) -> None:
-    outcomes = run_mutants(kit_with_pool, seed=seed, count=2500)
+    outcomes = search(kit_with_pool, seed=seed, count=2500)
     assert sum(outcomes.values()) == 2500
     assert kit_with_pool.free_buffers(kit_with_pool.pool) == 6
 

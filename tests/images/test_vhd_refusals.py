@@ -151,7 +151,13 @@ def test_a_table_that_only_a_sparse_file_could_hold_is_refused_before_it_is_read
 
 @pytest.mark.parametrize(
     ("magic", "title"),
-    [(b"vhdxfile", "VHDX"), (b"KDMV", "VMDK"), (b"COWD", "COWD"), (b"QFI\xfb", "qcow2"), (b"# Disk DescriptorFile", "VMDK")],
+    [
+        (b"vhdxfile", "VHDX"),
+        (b"KDMV", "KDMV"),
+        (b"COWD", "COWD"),
+        (b"QFI\xfb", "qcow2"),
+        (b"# Disk DescriptorFile", "descriptor"),
+    ],
 )
 def test_other_formats_are_named_and_never_taken_for_raw(kit: Any, magic: bytes, title: str) -> None:
     with pytest.raises(ImageError, match=title):

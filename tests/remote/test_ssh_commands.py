@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from tokvm.core.errors import ConnectionLost, SourceError, UsageError
-from tokvm.remote import control
+from tokvm.remote import rundir
 from tokvm.remote.ssh import RemoteCommandError, SshConfig, SshHost, quote
 
 HOSTILE = [
@@ -292,15 +292,15 @@ def test_directories_left_by_the_killed_are_swept_and_those_in_use_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(control, "_LONGEST_BASE", 1000)
+    monkeypatch.setattr(rundir, "LONGEST_BASE", 1000)
     (tmp_path / "tokvm-ssh-dead").mkdir(mode=0o700)
     (tmp_path / "tokvm-ssh-young").mkdir(mode=0o700)
     (tmp_path / "other").mkdir()
     (tmp_path / "tokvm-ssh-link").symlink_to(tmp_path / "other")
-    mine = control._PrivateDirectory()
+    mine = rundir.RunDirectory("tokvm-ssh-")
     for path in (tmp_path / "tokvm-ssh-dead", tmp_path / "other", mine.path):
         os.utime(path, (1, 1))
-    another = control._PrivateDirectory()
+    another = rundir.RunDirectory("tokvm-ssh-")
     try:
         assert not (tmp_path / "tokvm-ssh-dead").exists()
         assert (tmp_path / "tokvm-ssh-young").exists()

@@ -19,14 +19,14 @@ import pytest
 from tokvm.core.errors import TargetError, UnsafeTarget
 from tokvm.core.units import KiB, MiB
 from tokvm.targets import linux
-from tokvm.targets.medium import Medium
+from tokvm.targets.base import Target
 from tokvm.targets.open import TargetSpec, open_target
 
 SIZE = 4 * MiB + 1536  # neither a whole number of pages nor of MiB
 
 
 @pytest.fixture
-def writer(tmp_path: Path) -> Iterator[Medium]:
+def writer(tmp_path: Path) -> Iterator[Target]:
     found = open_target(TargetSpec(str(tmp_path / "disk.raw")), size=SIZE)
     yield found
     found.close()
@@ -130,7 +130,7 @@ def test_neighbours_written_by_many_threads_do_not_lose_each_others_bytes(tmp_pa
 
 
 @pytest.mark.parametrize("most", [1, 512, 4096, 5000])
-def test_short_writes_are_continued(most: int, writer: Medium, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_writes_are_continued(most: int, writer: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, data[:most], offset))
     data = aligned(70 * KiB if most > 1 else 3000)
@@ -139,7 +139,7 @@ def test_short_writes_are_continued(most: int, writer: Medium, monkeypatch: pyte
     assert bytes(writer.read_back(512, len(data))) == bytes(data)
 
 
-def test_interrupted_writes_are_repeated(writer: Medium, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_writes_are_repeated(writer: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = os.pwrite, iter([True, True, False, True])
 
     def pwrite(fd: int, data: memoryview, offset: int) -> int:
@@ -152,14 +152,14 @@ def test_interrupted_writes_are_repeated(writer: Medium, monkeypatch: pytest.Mon
     assert bytes(writer.read_back(0, 100 * KiB)) == bytes(aligned(100 * KiB))
 
 
-def test_a_kernel_that_takes_nothing_is_an_error_not_a_loop(writer: Medium, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_takes_nothing_is_an_error_not_a_loop(writer: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "pwrite", lambda *_: 0)
     with pytest.raises(TargetError, match="took no bytes"):
         writer.write(0, aligned(4096))
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS])
-def test_a_failed_write_names_place_and_reason_and_poisons(code: int, writer: Medium, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_names_place_and_reason_and_poisons(code: int, writer: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> int:
         raise OSError(code, os.strerror(code))
 
@@ -179,7 +179,7 @@ def test_a_failed_write_names_place_and_reason_and_poisons(code: int, writer: Me
             later()
 
 
-def test_a_failed_flush_is_never_retried(writer: Medium, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_flush_is_never_retried(writer: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def fail(fd: int) -> None:
@@ -240,7 +240,7 @@ def test_without_o_direct_everything_still_works(tmp_path: Path, monkeypatch: py
 
 
 def test_a_direct_write_the_medium_will_not_take_goes_through_the_cache(
-    writer: Medium, monkeypatch: pytest.MonkeyPatch
+    writer: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, refused = os.pwrite, []
 
@@ -256,7 +256,7 @@ def test_a_direct_write_the_medium_will_not_take_goes_through_the_cache(
     assert bytes(writer.read_back(0, MiB)) == bytes(aligned(MiB))
 
 
-def test_a_closed_target_says_so(writer: Medium) -> None:
+def test_a_closed_target_says_so(writer: Target) -> None:
     writer.close()
     writer.close()
     with pytest.raises(TargetError, match="closed"):
@@ -265,7 +265,7 @@ def test_a_closed_target_says_so(writer: Medium) -> None:
 
 def test_racing_opens_one_wins(tmp_path: Path) -> None:
     path = str(tmp_path / "disk.raw")
-    won: list[Medium] = []
+    won: list[Target] = []
     lost: list[UnsafeTarget] = []
 
     def start() -> None:

@@ -13,7 +13,7 @@ import pytest
 from tokvm.core.disk import BufferPool, Chunk
 from tokvm.core.extents import ExtentKind, ExtentMap
 from tokvm.core.units import KiB, MiB
-from tokvm.targets.medium import Medium
+from tokvm.targets.base import Target
 from tokvm.targets.open import TargetSpec, open_target
 
 
@@ -136,11 +136,11 @@ def dirty(tmp_path: Path) -> Callable[[int], Path]:
 
 
 @pytest.fixture
-def target() -> Iterator[Callable[..., Medium]]:
+def target() -> Iterator[Callable[..., Target]]:
     """Opens targets, with consent to lose what is there, and closes them."""
-    opened: list[Medium] = []
+    opened: list[Target] = []
 
-    def take(path: Path, size: int, *, expect: str | None = None) -> Medium:
+    def take(path: Path, size: int, *, expect: str | None = None) -> Target:
         found = open_target(TargetSpec(str(path), force=expect is None), size=size, expect=expect)
         opened.append(found)
         return found

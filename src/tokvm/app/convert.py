@@ -22,20 +22,24 @@ import numpy as np
 from tokvm.app.held import Content, Held, Note, Pending
 from tokvm.core.disk import BufferPool
 from tokvm.core.errors import ImageError, UnsafeTarget, UsageError
+from tokvm.core.units import MiB
 from tokvm.images.base import UNKNOWN_PARENT
 from tokvm.images.chain import Chain
 from tokvm.images.reader import ChainReader
 from tokvm.targets.open import TargetSpec, open_target
+from tokvm.targets.qcow2_readback import Qcow2ReadBack
+from tokvm.targets.readback import ReadBack
 from tokvm.transfer.checkpoint import Checkpoint, PassLimits, PassResult, TargetState
 from tokvm.transfer.passes import run_pass
 
 log = logging.getLogger(__name__)
 
 BUFFERS = 12
+BUFFER_SIZE = 4 * MiB
 _KEPT = 1000  # signatures of layers applied to one target
 _EMPTY = ""  # the signature of layers that say nothing: applied twice they do no harm, and may look all the same
 # The note is a file of its own, renamed and flushed each time: rarer than the journal's checkpoints.
-_LIMITS = PassLimits(checkpoint_bytes=4 << 30, checkpoint_s=10.0)
+_LIMITS = PassLimits(workers=4, checkpoint_bytes=4 << 30, checkpoint_s=10.0)
 
 
 class PassProgress(Protocol):
@@ -54,6 +58,10 @@ class Target:
     format: str = "raw"
     overwrite: str | None = None
 
+    def open_to_read(self) -> ReadBack | Qcow2ReadBack:
+        """The target, past the page cache; nothing can be written to it."""
+        return Qcow2ReadBack.open(self.path) if self.format == "qcow2" else ReadBack.open(self.path)
+
     def spec(self, *, create: bool) -> TargetSpec:
         force = self.overwrite is not None
         return TargetSpec(self.path, create=create, force=force, confirm=self.overwrite, format=self.format)
@@ -63,8 +71,6 @@ def convert(chain: Chain, target: Target, progress: PassProgress, *, force_linka
     """All of the chain's content; absent ranges read as zeros afterwards, whatever the target held before."""
     _check_whole(chain, force_linkage=force_linkage)
     with _reading(chain) as (reader, signature):
-        if target.format != "raw":
-            return _convert_once(reader, target, progress)
         note = Note.of(target.path)
         pending = Pending("convert", tuple(layer.name for layer in chain.layers), signature, reader.fingerprint)
         expect, resume = _resumed(note, target, pending)
@@ -80,13 +86,9 @@ def convert(chain: Chain, target: Target, progress: PassProgress, *, force_linka
 
 
 def apply(chain: Chain, target: Target, progress: PassProgress, *, force_linkage: bool = False) -> PassResult:
-    """What the layers of a partial chain say, onto a raw target that holds the disk they were made over."""
+    """What the layers of a partial chain say, onto a target that holds the disk they were made over."""
     if not chain.partial:
         raise UsageError(f"{chain.layers[0].name} is a base, not a layer over another", fix="copy it with tokvm image convert")
-    if target.format != "raw":
-        raise UsageError(
-            "a layer is applied onto a raw file or a block device", where=target.path, fix="convert the chain anew"
-        )
     note = Note.of(target.path)
     held = note.read()
     with _reading(chain) as (reader, signature):
@@ -108,7 +110,7 @@ def apply(chain: Chain, target: Target, progress: PassProgress, *, force_linkage
 def _reading(chain: Chain) -> Iterator[tuple[ChainReader, str]]:
     """The reader and the signature of what it will say. The maps are walked here, so damage is found before anything is opened
     for writing."""
-    reader = ChainReader(chain, pool=BufferPool(BUFFERS))
+    reader = ChainReader(chain, pool=BufferPool(BUFFERS, BUFFER_SIZE))
     digest = hashlib.blake2b(digest_size=16)
     for layer in chain.layers:
         digest.update(f"{layer.format} {layer.linkage} {layer.size}\n".encode())
@@ -132,20 +134,6 @@ def _check_whole(chain: Chain, *, force_linkage: bool) -> None:
     if not force_linkage:
         raise problem
     log.warning("%s: %s; it is read as zeros because linkage is forced", chain.layers[0].name, problem.what)
-
-
-def _convert_once(reader: ChainReader, target: Target, progress: PassProgress) -> PassResult:
-    """Onto a target that is made anew each time: nothing is kept for a second run."""
-    with closing(open_target(target.spec(create=True), size=reader.size)) as writer:
-        progress.begin("convert", reader.total, 0)
-        return run_pass(
-            reader, writer, state=TargetState.UNKNOWN, resume=None, record=_keep_nothing, progress=progress.advance,
-            limits=_LIMITS,
-        )  # fmt: skip
-
-
-def _keep_nothing(_checkpoint: Checkpoint) -> None:
-    """When such a conversion breaks it is run again from the start."""
 
 
 def _resumed(note: Note, target: Target, mine: Pending) -> tuple[str | None, Checkpoint | None]:
@@ -213,6 +201,12 @@ def _problems(chain: Chain, holds: Content | None, held: Held | None, signature:
     elif not set(lowest.linkage.parents) & set(holds.ids):
         yield problem(
             f"{made_over}, but the target holds {_named(holds)}", "apply every layer once, in the order they were made"
+        )
+    elif not lowest.linkage.knows_file(holds.name):
+        yield problem(
+            f"it was made over the file {lowest.linkage.parent_file}, but the target holds {_named(holds)} "
+            "(such an id does not tell the layers of a running VM apart)",
+            "apply every layer once, in the order they were made",
         )
     if chain.size < holds.size:
         yield problem(f"its size {chain.size} is smaller than {holds.size}, the target's disk", "a layer never shrinks a disk")

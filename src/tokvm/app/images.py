@@ -6,13 +6,20 @@ from collections.abc import Iterator, Sequence
 
 from tokvm.app.image_files import Formats, open_layers
 from tokvm.core.extents import Extent, ExtentKind
+from tokvm.images.base import ReadAt
 from tokvm.images.chain import Chain
 
 
 def describe(paths: Sequence[str], formats: Formats | None = None) -> list[dict[str, object]]:
     """Everything a person wants to know about each image among these files."""
     with open_layers(paths, formats) as layers:
-        return [{"file": layer.name, "file_size": layer.file.size, **layer.describe()} for layer in layers]
+        return [{"file": layer.name, "file_size": _file_size(layer.file), **layer.describe()} for layer in layers]
+
+
+def _file_size(file: ReadAt) -> int:
+    """Of all the image's files together; where they lie in their common address space has gaps."""
+    parts: tuple[ReadAt, ...] = getattr(file, "files", ())
+    return sum(part.size for part in parts) if parts else file.size
 
 
 def map_extents(chain: Chain) -> Iterator[Extent]:

@@ -101,7 +101,7 @@ def convert(
     force_linkage: ForceLinkage = False,
     verbose: options.Verbose = 0,
 ) -> None:
-    """Copy a chain, all of it, to a raw file, a qcow2 file or a block device. Broken off, the same command goes on (raw)."""
+    """Copy a chain, all of it, to a raw file, a qcow2 file or a block device. Broken off, the same command goes on."""
     from tokvm.app import convert as converting
     from tokvm.app import image_files
 
@@ -118,8 +118,9 @@ def convert(
 @image.command()
 def apply(
     files: Layers,
-    to: Annotated[str, typer.Option("--to", help="A raw file or block device that holds the disk below the layer.")],
+    to: Annotated[str, typer.Option("--to", help="A target that holds the disk below the layer.")],
     overwrite: Overwrite = None,
+    target_format: TargetFormat = None,
     formats: Format = None,
     json: options.Json = False,
     events: options.Events = False,
@@ -134,7 +135,7 @@ def apply(
         options.running(json=json, events=events, verbose=verbose) as reporter,
         image_files.open_chain(files, force_linkage=force_linkage, formats=_formats(formats)) as chain,
     ):
-        target = _target(to, overwrite, "raw")
+        target = _target(to, overwrite, target_format)
         result = converting.apply(chain, target, _Progress(reporter), force_linkage=force_linkage)
         reporter.pass_end(0, "apply", result.run_bytes, result.seconds)
         _told(json, to, chain.size, result.data_bytes, result.zero_bytes, result.seconds)
@@ -144,8 +145,9 @@ def apply(
 def compare(
     files: Images,
     to: Annotated[
-        str | None, typer.Option("--to", help="A raw target: does it hold the chain's content?", show_default=False)
+        str | None, typer.Option("--to", help="A target: does it hold the chain's content?", show_default=False)
     ] = None,
+    target_format: TargetFormat = None,
     other: Annotated[
         list[str] | None,
         typer.Option("--with", help="An image to compare with; repeat it for its children.", show_default=False),
@@ -156,13 +158,12 @@ def compare(
     force_linkage: ForceLinkage = False,
     verbose: options.Verbose = 0,
 ) -> None:
-    """Does a raw target (--to, read past the page cache) or another chain (--with) hold the same bytes? Exit code 14 if not."""
+    """Does a target (--to, read past the page cache) or another chain (--with) hold the same bytes? Exit code 14 if not."""
     from contextlib import closing
 
     from tokvm.app import compare as comparing
     from tokvm.app import image_files
     from tokvm.images.random_access import ChainBytes
-    from tokvm.targets.readback import ReadBack
 
     known = _formats(formats)
     with (
@@ -170,7 +171,7 @@ def compare(
         image_files.open_chain(files, force_linkage=force_linkage, formats=known) as chain,
     ):
         if to is not None and not other:
-            with closing(ReadBack.open(to)) as target:
+            with closing(_target(to, None, target_format).open_to_read()) as target:
                 found = comparing.compare(chain, target, _Progress(reporter))
         elif other and to is None:
             with image_files.open_chain(other, force_linkage=force_linkage, formats=known) as others:

@@ -68,10 +68,11 @@ def _nested(value: object) -> bool:
 
 
 def _print_items(items: object, sizes: Sequence[str], indent: str) -> None:
-    for item in items if isinstance(items, (list, tuple)) else ():
+    for number, item in enumerate(items if isinstance(items, (list, tuple)) else ()):
         if isinstance(item, Mapping):
+            if number:
+                print()
             print_tree(item, sizes=sizes, indent=indent)
-            print()
         else:
             print(f"{indent}{printable(str(item))}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -50,12 +51,23 @@ class Linkage:
 
     ids: names of this layer, the one for messages first (VHD: unique id, VHDX: DataWriteGuid, VMDK: `cid-…`, `uuid-…`); none in
     a file that bears none. parents: names of which the parent must have one; none of a base. unique: no two files share an id
-    (a VMDK's CID is only a check: until its first write, a snapshot has its parent's).
+    (a VMDK's CID is only a check: a running VM's layers all have their base's, because ESX writes a new one on close only).
+    parent_file: the file name by which the child knows its parent, where ids alone do not tell layers apart; without directory.
     """
 
     ids: tuple[str, ...] = ()
     parents: tuple[str, ...] = ()
     unique: bool = True
+    parent_file: str = ""
+
+    def knows_file(self, name: str) -> bool:
+        """May the file of this name (a path, too) be the parent? Always, where the ids decide."""
+        return self.unique or not self.parent_file or file_name(name) == self.parent_file
+
+
+def file_name(path: str) -> str:
+    """The last part of a path as any hypervisor writes it: `/` or `\\` between directories."""
+    return re.split(r"[/\\]", path)[-1]
 
 
 UNKNOWN_PARENT = "unknown"  # of a child that does not say over what it was made (a bare COWD or seSparse extent)

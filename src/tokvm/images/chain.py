@@ -16,7 +16,7 @@ from itertools import pairwise
 
 from tokvm.core.errors import ImageError
 from tokvm.core.extents import Extent, ExtentKind, ExtentMap
-from tokvm.images.base import MAX_ROWS, UNKNOWN_PARENT, Layer, ReadAt
+from tokvm.images.base import MAX_ROWS, UNKNOWN_PARENT, Layer, ReadAt, file_name
 from tokvm.images.raw import RAW_IDENTITY, RawLayer
 
 log = logging.getLogger(__name__)
@@ -190,6 +190,13 @@ def _linkage_problems(parent: Layer, child: Layer) -> Iterator[ImageError]:
             f"it was made over {expected}, but {found}",
             where=child.name,
             fix=f"{_LIST_ALL}; {forced}",
+        )
+    elif not child.linkage.knows_file(parent.name):
+        yield ImageError(
+            f"it was made over the file {child.linkage.parent_file}, but {file_name(parent.name)} is listed before it "
+            f"(both are {parent.identity}: such an id does not tell the layers of a running VM apart)",
+            where=child.name,
+            fix=f"{_LIST_ALL}; {forced}, for example because files were renamed",
         )
     if child.size < parent.size:
         yield ImageError(

@@ -3,18 +3,12 @@
     ssh -N -o ControlMaster=yes -o ControlPath=DIR/c   our child, in the foreground, so it dies with us
     ssh    -o ControlMaster=no  -o ControlPath=DIR/c   one per command
 
-A Unix socket's path has at most 108 bytes and ssh adds 17 while it makes one, so DIR is short, mode 0700, and has a random
-name. DIR outlives `kill -9`; whoever comes next and finds its lock free removes it.
+DIR is a `RunDirectory`: mode 0700, a random name. It outlives `kill -9`; whoever comes next and finds its lock free removes it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import logging
-import os
-import shutil
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -22,14 +16,12 @@ from pathlib import Path
 from tokvm.core.errors import ConnectionLost, HostKeyError
 from tokvm.remote import hostkeys, process
 from tokvm.remote.errors import connection_error, is_host_key_refusal
+from tokvm.remote.rundir import RunDirectory
 from tokvm.remote.ssh_config import SshConfig
 
 log = logging.getLogger(__name__)
 
 _PREFIX = "tokvm-ssh-"
-_LONGEST_BASE = 60
-# Younger directories may belong to somebody who has made one and not locked it yet.
-_ABANDONED_AFTER_S = 60.0
 # From the TCP connection to the end of the login: key exchange and an agent that asks a token.
 _LOGIN_S = 30.0
 ENVIRONMENT = {"LC_ALL": "C"}
@@ -41,7 +33,7 @@ class ControlConnection:
     def __init__(self, config: SshConfig) -> None:
         self._config = config
         self._lock = threading.Lock()
-        self._directory: _PrivateDirectory | None = None
+        self._directory: RunDirectory | None = None
         self._master: process.Child | None = None
         self._closed = False
 
@@ -51,7 +43,7 @@ class ControlConnection:
             if self._closed:
                 raise ConnectionLost("the connection was closed", where=self._config.where)
             if self._directory is None:
-                self._directory = _PrivateDirectory()
+                self._directory = RunDirectory(_PREFIX)
             socket = self._directory.path / "c"
             if self._master is None or self._master.poll() is not None or not socket.exists():
                 self._drop_master()
@@ -120,35 +112,3 @@ class ControlConnection:
                 fix="make the known_hosts file writable, or name another one",
             )
         log.info("host key of %s: %s", self._config.where, ", ".join(known))
-
-
-class _PrivateDirectory:
-    """A directory only we can enter, locked for as long as we live."""
-
-    def __init__(self) -> None:
-        base = tempfile.gettempdir()
-        if len(os.fsencode(base)) > _LONGEST_BASE or not base.replace("/", "").replace("-", "").replace("_", "").isalnum():
-            base = "/tmp"
-        _sweep(Path(base))
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
-        self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
-
-    def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._fd)
-
-
-def _sweep(base: Path) -> None:
-    """Remove directories of ours that nobody holds any more."""
-    for path in base.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                status = os.fstat(fd)
-                old = time.time() - status.st_mtime > _ABANDONED_AFTER_S
-                if old and status.st_uid == os.geteuid():
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(path)
-            finally:
-                os.close(fd)

@@ -96,11 +96,17 @@ def refuse_shared_backing(path: str, fd: int) -> None:
         refuse_writers(path, status)
 
 
-def take_locks(path: str, fd: int) -> None:
-    """flock, which udev and other tools respect, and an OFD lock on every byte, which QEMU's image locking respects."""
+def take_locks(path: str, fd: int, *, wait_s: float = 0.0) -> None:
+    """flock, which udev and other tools respect, and an OFD lock on every byte, which QEMU's image locking respects.
+
+    wait_s: how long the second may take, where the one that has it is known to be ending."""
     if not _flock(fd):
         raise UnsafeTarget("another process has locked it", where=path, fix=f"see who with `fuser -v {path}`; wait for its end")
-    if not linux.lock_whole(fd):
+    until = time.monotonic() + wait_s
+    while not linux.lock_whole(fd):
+        if time.monotonic() < until:
+            time.sleep(0.02)
+            continue
         raise UnsafeTarget(
             "another process has locked parts of it, as QEMU does with the disks of a running VM",
             where=path,

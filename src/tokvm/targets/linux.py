@@ -85,6 +85,11 @@ def lock_whole(fd: int) -> bool:
     return True
 
 
+def unlock_whole(fd: int) -> None:
+    """Give `lock_whole`'s lock back."""
+    fcntl.fcntl(fd, F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
+
+
 def birth_time(fd: int) -> int:
     """Nanoseconds since 1970 at which the inode was made; 0 where the filesystem does not say."""
     buffer = ctypes.create_string_buffer(256)

@@ -9,25 +9,29 @@ from pathlib import Path
 from tokvm.core.errors import TargetError, UnsafeTarget
 from tokvm.core.units import format_bytes
 from tokvm.targets.blockdev import BlockDevice
-from tokvm.targets.interlocks import Consent, refuse_kind
-from tokvm.targets.open import TargetSpec
+from tokvm.targets.interlocks import refuse_kind
+from tokvm.targets.open import TargetSpec, refuse_image_on_device
+from tokvm.targets.qcow2 import Qcow2File
 from tokvm.targets.rawfile import RawFile, refuse_pseudo
 
 
 def probe_target(spec: TargetSpec, *, size: int) -> None:
     """UnsafeTarget or TargetError when `open_target` would refuse it now."""
-    consent = Consent(spec.force, spec.confirm)
     try:
         mode = Path(spec.path).stat().st_mode
     except FileNotFoundError:
+        if spec.format == "qcow2":
+            Qcow2File.probe_new(spec.path, size=size)
         _probe_missing(spec.path, size)
         return
     except OSError as exc:
         raise TargetError(f"the target cannot be looked at: {exc.strerror}", where=spec.path, fix="check the path") from exc
     if stat.S_ISBLK(mode):
-        BlockDevice.open(spec.path, size=size, expect=None, consent=consent).close()
+        refuse_image_on_device(spec)
+        BlockDevice.open(spec.path, size=size, expect=None, consent=spec.consent).close()
     elif stat.S_ISREG(mode):
-        RawFile.probe(spec.path, size=size, consent=consent)
+        kind = Qcow2File if spec.format == "qcow2" else RawFile
+        kind.probe(spec.path, size=size, consent=spec.consent)
     else:
         raise refuse_kind(spec.path, mode)
 

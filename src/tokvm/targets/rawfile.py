@@ -32,20 +32,14 @@ class RawFile(Medium):
     @classmethod
     def create(cls, path: str, *, size: int) -> RawFile:
         """A new sparse file of `size` bytes, mode 0600; UnsafeTarget when anything is there already."""
-        refuse_pseudo(path)
-        try:
-            fd = os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError as exc:
-            raise UnsafeTarget("something appeared at the path just now", where=path, fix="look who made it") from exc
-        except OSError as exc:
-            raise _cannot_open(path, exc) from exc
+        fd = create_new(path)
         try:
             interlocks.take_locks(path, fd)
             identity = mark_file(fd)  # first: what a kill leaves behind is empty, or known to be ours
             os.ftruncate(fd, size)
             os.fsync(fd)
-            _sync_directory(Path(path).parent)
-            _warn_if_tight(path, fd, size)
+            sync_directory(Path(path).parent)
+            warn_if_tight(path, fd, size)
             return cls(fd, path=path, size=size, identity=identity, known_zero=True)
         except OSError as exc:
             os.close(fd)
@@ -57,10 +51,7 @@ class RawFile(Medium):
     @classmethod
     def open(cls, path: str, *, size: int, expect: str | None, consent: Consent) -> RawFile:
         """An existing file: empty, ours by `expect`, or given up by the operator. Grown to `size` if smaller, never cut."""
-        try:
-            fd = os.open(path, _FLAGS)
-        except OSError as exc:
-            raise _cannot_open(path, exc) from exc
+        fd = open_existing(path)
         try:
             _check(path, fd, size=size, expect=expect, consent=consent)
             blank = _holds_nothing(fd)
@@ -81,10 +72,7 @@ class RawFile(Medium):
     @staticmethod
     def probe(path: str, *, size: int, consent: Consent) -> None:
         """UnsafeTarget when `open` would refuse the file; nothing is changed."""
-        try:
-            fd = os.open(path, _FLAGS)
-        except OSError as exc:
-            raise _cannot_open(path, exc) from exc
+        fd = open_existing(path)
         try:
             _check(path, fd, size=size, expect=None, consent=consent)
         finally:
@@ -100,7 +88,50 @@ class RawFile(Medium):
             linux.fallocate(self._fd, linux.FALLOC_ZERO_RANGE | linux.FALLOC_KEEP_SIZE, offset, length)
 
 
+def create_new(path: str) -> int:
+    """A descriptor of an empty file that was not there before, mode 0600."""
+    refuse_pseudo(path)
+    try:
+        return os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError as exc:
+        raise UnsafeTarget("something appeared at the path just now", where=path, fix="look who made it") from exc
+    except OSError as exc:
+        raise _cannot_open(path, exc) from exc
+
+
+def open_existing(path: str) -> int:
+    """A descriptor to read and write, of a file that no symbolic link led to at the last step."""
+    try:
+        return os.open(path, _FLAGS)
+    except OSError as exc:
+        raise _cannot_open(path, exc) from exc
+
+
 def _check(path: str, fd: int, *, size: int, expect: str | None, consent: Consent) -> None:
+    refuse_shared(path, fd)
+    status = os.fstat(fd)
+    interlocks.take_locks(path, fd)
+    interlocks.refuse_writers(path, status)
+    if expect is not None:
+        interlocks.refuse_other_identity(path, expect, file_identity(fd))
+        return
+    unused = _holds_nothing(fd) and (status.st_size == size or token_of(fd))
+    if status.st_size and not unused and not consent.covers(status.st_size, (), needs_confirm=False):
+        raise foreign_file(path, status.st_size, consent)
+
+
+def foreign_file(path: str, size: int, consent: Consent) -> UnsafeTarget:
+    """The refusal of a file with content that the operator has not given up."""
+    detail = f", and {consent.confirm!r} is not its size" if consent.force else ""
+    return UnsafeTarget(
+        f"a file of {size} bytes is there already, and no run of ours made it{detail}",
+        where=path,
+        fix=f"give another path, remove it, or if it may be lost repeat its size: --overwrite {path}={size}",
+    )
+
+
+def refuse_shared(path: str, fd: int) -> None:
+    """No regular file, not this path's any more, or one that is reached in another way too."""
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         raise interlocks.refuse_kind(path, status.st_mode)
@@ -114,26 +145,13 @@ def _check(path: str, fd: int, *, size: int, expect: str | None, consent: Consen
     if topology.is_swap_file(status):
         raise UnsafeTarget("the host swaps on the file", where=path, fix="give another file")
     interlocks.refuse_moved(path, fd)
-    interlocks.take_locks(path, fd)
-    interlocks.refuse_writers(path, status)
-    if expect is not None:
-        interlocks.refuse_other_identity(path, expect, file_identity(fd))
-        return
-    unused = _holds_nothing(fd) and (status.st_size == size or _token(fd))
-    if status.st_size and not unused and not consent.covers(status.st_size, (), needs_confirm=False):
-        detail = f", and {consent.confirm!r} is not its size" if consent.force else ""
-        raise UnsafeTarget(
-            f"a file of {status.st_size} bytes is there already, and no run of ours made it{detail}",
-            where=path,
-            fix=f"give another path, remove it, or if it may be lost repeat its size: --overwrite {path}={status.st_size}",
-        )
 
 
 def file_identity(fd: int) -> str:
     """`file:inode:token`; where the filesystem takes no attributes, the inode and the time of its birth.
 
     No device number: it may be another after a reboot."""
-    inode, token = os.fstat(fd).st_ino, _token(fd)
+    inode, token = os.fstat(fd).st_ino, token_of(fd)
     return f"file:{inode}:{token}" if token else f"file:{inode}:born-{linux.birth_time(fd)}"
 
 
@@ -146,7 +164,7 @@ def mark_file(fd: int) -> str:
     return file_identity(fd)
 
 
-def _token(fd: int) -> str:
+def token_of(fd: int) -> str:
     try:
         return os.getxattr(fd, TOKEN).decode("ascii", "replace")
     except OSError:
@@ -179,14 +197,14 @@ def _cannot_open(path: str, exc: OSError) -> TargetError:
     return TargetError(f"the file cannot be opened: {exc.strerror}", where=path, fix="check that its directory exists")
 
 
-def _warn_if_tight(path: str, fd: int, size: int) -> None:
+def warn_if_tight(path: str, fd: int, size: int) -> None:
     found = os.fstatvfs(fd)
     free = found.f_bavail * found.f_frsize
     if free < size:
         log.warning("%s: the filesystem has %d bytes free, the disk may grow to %d", path, free, size)
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from tokvm.core.extents import Column, ExtentKind
 from tokvm.core.units import SECTOR
 from tokvm.images.fields import bad_field
+from tokvm.images.rows import Bits, Rows, bitmap_runs
 from tokvm.images.vhd.structs import (
     FOOTER_SIZE,
     HEADER_SIZE,
@@ -33,8 +33,6 @@ from tokvm.images.vhd.structs import (
     bitmap_size,
 )
 
-Bits = npt.NDArray[np.uint8]
-Rows = tuple[Column, Column, Column, Column]  # offset, length, kind, file_offset
 Region = tuple[str, int, int]  # a structure of the file: what it is, its first byte, the byte after its last
 
 
@@ -150,20 +148,6 @@ class BlockTable:
         row, sector = np.divmod(head, self.sectors)
         inside, block = sector * SECTOR, blocks[row]
         return block * self.block_size + inside, length * SECTOR, kind, self.start[block] + self.bitmap_bytes + inside
-
-
-def bitmap_runs(bits: Bits, sectors: int) -> tuple[Column, Column, npt.NDArray[np.bool_]]:
-    """(head, length, value) of the runs of equal bits, in sectors counted through all rows; no run crosses a row.
-
-    bits: one row of packed bits per block, most significant bit first.
-    """
-    flat = np.unpackbits(bits, axis=1, count=sectors).view(np.bool_)
-    change = np.empty_like(flat)
-    change[:, 0] = True
-    np.not_equal(flat[:, 1:], flat[:, :-1], out=change[:, 1:])
-    head = np.flatnonzero(change)
-    length = np.diff(head, append=flat.size)
-    return head, length, flat.ravel()[head]
 
 
 def structures_of(footer: Footer, header: DynamicHeader, *, name: str) -> list[Region]:

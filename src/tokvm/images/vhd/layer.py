@@ -20,7 +20,8 @@ from tokvm.core.extents import Column, ExtentMap
 from tokvm.images.base import Linkage, MappedLayer, ReadAt, announcer
 from tokvm.images.fields import bad_field, read_exact
 from tokvm.images.raw import linear_map
-from tokvm.images.vhd.blocks import BlockTable, Rows, structures_of
+from tokvm.images.rows import Bits, bounded_map
+from tokvm.images.vhd.blocks import BlockTable, structures_of
 from tokvm.images.vhd.footer import FoundFooter, find_footer
 from tokvm.images.vhd.structs import (
     FOOTER_SIZE,
@@ -61,23 +62,11 @@ class VhdLayer(MappedLayer):
             return linear_map(start, stop, file=self.file, max_rows=max_rows)
         blocks = table.present(start // table.block_size, -(-stop // table.block_size))
         step = max(1, _BATCH_SECTORS // table.sectors)
-        parts: list[Rows] = []
-        count = 0
-        for place in range(0, len(blocks), step):
-            batch = blocks[place : place + step]
-            part = table.rows(batch, self._bitmaps(table, batch))
-            over = max_rows is not None and count + len(part[0]) > max_rows
-            if max_rows is not None and over:
-                part, stop = _cut(part, stop, table.block_size, max_rows - count, is_first=not parts)
-            parts.append(part)
-            count += len(part[0])
-            if over:
-                break
-        if not parts:
-            return ExtentMap.empty(start, stop)
-        return ExtentMap.build(start, stop, *(np.concatenate(column) for column in zip(*parts, strict=True)))
+        batches = (blocks[place : place + step] for place in range(0, len(blocks), step))
+        parts = (table.rows(batch, self._bitmaps(table, batch)) for batch in batches)
+        return bounded_map(start, stop, parts, block_size=table.block_size, max_rows=max_rows)
 
-    def _bitmaps(self, table: BlockTable, blocks: Column) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+    def _bitmaps(self, table: BlockTable, blocks: Column) -> Bits:
         width = table.bitmap_bytes
         raw = bytearray(width * len(blocks))
         view = memoryview(raw)
@@ -127,16 +116,6 @@ def _linkage(footer: Footer, header: DynamicHeader | None) -> Linkage:
     """The null id (`images.raw.RAW_IDENTITY`) as parent means that the parent is a raw file."""
     is_child = header is not None and footer.type is DiskType.DIFFERENCING
     return Linkage((str(footer.unique_id),), (str(header.parent_id),) if header is not None and is_child else ())
-
-
-def _cut(part: Rows, stop: int, block_size: int, room: int, *, is_first: bool) -> tuple[Rows, int]:
-    """The rows of the leading blocks that fit into `room` (of the first batch: at least one block), and where they end."""
-    block = part[0] // block_size
-    last = int(block[room]) if room > 0 else int(block[0])  # the first block that does not fit as a whole
-    if is_first and last == int(block[0]):
-        last += 1
-    keep = int(np.searchsorted(block, last))
-    return (part[0][:keep], part[1][:keep], part[2][:keep], part[3][:keep]), min(stop, last * block_size)
 
 
 def open_vhd(file: ReadAt) -> VhdLayer:
