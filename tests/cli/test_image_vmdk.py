@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,10 @@ from tokvm.testing.vmdk_flat_writer import write_flat
 MiB = 1 << 20
 SIZE = 20 * MiB
 CID = 0x1BADB002
+
+
+def _part(content: bytes, offset: int, length: int) -> bytes:
+    return content[offset : offset + length]
 
 
 @pytest.fixture
@@ -34,7 +39,7 @@ def running(tmp_path: Path) -> tuple[list[Path], list[bytes]]:
         below = contents[-1]
         write_sesparse(
             path, size=SIZE, runs=runs, identity=Identity(CID, CID, names[-1].name),
-            read_parent=lambda offset, length, below=below: below[offset : offset + length],
+            read_parent=partial(_part, below),
         )  # fmt: skip
         names.append(path)
         contents.append(bytes(content))

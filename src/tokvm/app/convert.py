@@ -22,6 +22,7 @@ import numpy as np
 from tokvm.app.held import Content, Held, Note, Pending
 from tokvm.core.disk import BufferPool
 from tokvm.core.errors import ImageError, UnsafeTarget, UsageError
+from tokvm.core.text import printable
 from tokvm.core.units import MiB
 from tokvm.images.base import UNKNOWN_PARENT
 from tokvm.images.chain import Chain
@@ -88,7 +89,9 @@ def convert(chain: Chain, target: Target, progress: PassProgress, *, force_linka
 def apply(chain: Chain, target: Target, progress: PassProgress, *, force_linkage: bool = False) -> PassResult:
     """What the layers of a partial chain say, onto a target that holds the disk they were made over."""
     if not chain.partial:
-        raise UsageError(f"{chain.layers[0].name} is a base, not a layer over another", fix="copy it with tokvm image convert")
+        raise UsageError(
+            f"{printable(chain.layers[0].name)} is a base, not a layer over another", fix="copy it with tokvm image convert"
+        )
     note = Note.of(target.path)
     held = note.read()
     with _reading(chain) as (reader, signature):
@@ -149,7 +152,7 @@ def _resumed(note: Note, target: Target, mine: Pending) -> tuple[str | None, Che
         return None, None
     if before.signature != mine.signature:
         raise UnsafeTarget(
-            f"it holds a part of another conversion, of {', '.join(before.names)}",
+            f"it holds a part of another conversion, of {printable(', '.join(before.names))}",
             where=target.path,
             fix=f"go on with that one, or give it up: --overwrite {target.path}=SIZE",
         )
@@ -165,7 +168,7 @@ def _next_step(
     if before is not None:
         if before.what != "apply" or before.signature != signature:
             raise UsageError(
-                f"the target is in the middle of another {before.what}, of {', '.join(before.names)}",
+                f"the target is in the middle of another {before.what}, of {printable(', '.join(before.names))}",
                 where=target.path,
                 fix="run that command again to its end first",
             )
@@ -190,7 +193,7 @@ def _problems(chain: Chain, holds: Content | None, held: Held | None, signature:
 
     if holds is None:
         yield problem(
-            f"{made_over}, but nothing is noted about what {target.path} holds",
+            f"{made_over}, but nothing is noted about what {printable(target.path)} holds",
             "copy the base with tokvm image convert, which notes it",
         )
         return
@@ -204,7 +207,7 @@ def _problems(chain: Chain, holds: Content | None, held: Held | None, signature:
         )
     elif not lowest.linkage.knows_file(holds.name):
         yield problem(
-            f"it was made over the file {lowest.linkage.parent_file}, but the target holds {_named(holds)} "
+            f"it was made over the file {printable(lowest.linkage.parent_file)}, but the target holds {_named(holds)} "
             "(such an id does not tell the layers of a running VM apart)",
             "apply every layer once, in the order they were made",
         )
@@ -216,7 +219,7 @@ def _problems(chain: Chain, holds: Content | None, held: Held | None, signature:
 
 
 def _named(holds: Content) -> str:
-    return f"{holds.ids[0] if holds.ids else 'a disk without an id'} of {holds.name}"
+    return f"{holds.ids[0] if holds.ids else 'a disk without an id'} of {printable(holds.name)}"
 
 
 def _content(chain: Chain) -> Content:

@@ -16,6 +16,7 @@ from itertools import pairwise
 
 from tokvm.core.errors import ImageError
 from tokvm.core.extents import Extent, ExtentKind, ExtentMap
+from tokvm.core.text import printable
 from tokvm.images.base import MAX_ROWS, UNKNOWN_PARENT, Layer, ReadAt, file_name
 from tokvm.images.raw import RAW_IDENTITY, RawLayer
 
@@ -151,7 +152,7 @@ def _check_unique(layers: Sequence[Layer]) -> None:
         ids = layer.linkage.ids if layer.linkage.unique else ()
         for key in (*ids, *getattr(layer.file, "inodes", ())):
             if key in seen:
-                what = f"it is the same layer as {seen[key].name} (id {layer.identity or 'none'})"
+                what = f"it is the same layer as {printable(seen[key].name)} (id {layer.identity or 'none'})"
                 raise ImageError(what, where=layer.name, fix=_LIST_ALL)
         for key in (*ids, *getattr(layer.file, "inodes", ())):
             seen[key] = layer
@@ -163,20 +164,21 @@ def _check_loop(layers: Sequence[Layer]) -> None:
     for layer in layers:
         common = set(lowest.linkage.parents) & set(layer.linkage.ids) if layer.linkage.unique else set()
         if common:
-            what = f"the chain is a loop: its lowest layer names {common.pop()} as parent, which is {layer.name}"
+            what = f"the chain is a loop: its lowest layer names {common.pop()} as parent, which is {printable(layer.name)}"
             raise ImageError(what, where=lowest.name, fix="the ids were tampered with or a file was copied over another")
 
 
 def _check_order(parent: Layer, child: Layer) -> None:
     if not child.linkage.parents:
-        what = f"it is a base without a parent, but it is listed above {parent.name}"
+        what = f"it is a base without a parent, but it is listed above {printable(parent.name)}"
         raise ImageError(what, where=child.name, fix=_LIST_ALL)
 
 
 def _linkage_problems(parent: Layer, child: Layer) -> Iterator[ImageError]:
     forced = "--force-linkage if you know that they belong together"
     names = child.linkage.parents
-    found = f"{parent.name} is {parent.format} {parent.identity or 'without an id'}"
+    parent_name = printable(parent.name)
+    found = f"{parent_name} is {parent.format} {parent.identity or 'without an id'}"
     raw_expected = RAW_IDENTITY in names
     if UNKNOWN_PARENT in names:
         yield ImageError(
@@ -193,20 +195,20 @@ def _linkage_problems(parent: Layer, child: Layer) -> Iterator[ImageError]:
         )
     elif not child.linkage.knows_file(parent.name):
         yield ImageError(
-            f"it was made over the file {child.linkage.parent_file}, but {file_name(parent.name)} is listed before it "
+            f"it was made over the file {printable(child.linkage.parent_file)}, and before it {file_name(parent_name)} is listed "
             f"(both are {parent.identity}: such an id does not tell the layers of a running VM apart)",
             where=child.name,
             fix=f"{_LIST_ALL}; {forced}, for example because files were renamed",
         )
     if child.size < parent.size:
         yield ImageError(
-            f"its size {child.size} is smaller than {parent.size} of its parent {parent.name}; a child never shrinks",
+            f"its size {child.size} is smaller than {parent.size} of its parent {parent_name}; a child never shrinks",
             where=child.name,
             fix=f"{_LIST_ALL}; --force-linkage if the disk was really made smaller",
         )
     if child.sector_size != parent.sector_size and parent.format != "raw":
         yield ImageError(
-            f"its logical sectors have {child.sector_size} bytes, those of its parent {parent.name} {parent.sector_size}",
+            f"its logical sectors have {child.sector_size} bytes, those of its parent {parent_name} {parent.sector_size}",
             where=child.name,
             fix=f"{_LIST_ALL}; {forced}",
         )

@@ -10,6 +10,7 @@ all starts lie at the same place in their bins (what most writers do) one byte o
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from tokvm.core.extents import Column
 from tokvm.core.units import MiB
@@ -26,7 +27,7 @@ class Claims:
         self._bins = min(-(-size // unit) + 2, MAX_BINS)
         self._taken = np.zeros(self._bins, np.bool_)
         self._phase: int | None = None
-        self._place: Column | None = None  # of the start in its bin, once they differ
+        self._place: npt.NDArray[np.int32] | None = None  # of the start in its bin, less the phase, once they differ
 
     def take(self, starts: Column) -> int | None:
         """Claim these file offsets. The index of one that overlaps another, of this batch or an earlier one; None: all free."""
@@ -47,7 +48,7 @@ class Claims:
             return int(order[int(np.argmax(taken))])
         self._taken[bins] = True
         if self._place is not None:
-            self._place[bins] = place
+            self._place[bins] = place - self._phase
         return None
 
     def _reaches(self, bins: Column, place: Column) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
@@ -57,7 +58,7 @@ class Claims:
         if self._place is None and bool((place == self._phase).all()):
             return np.zeros(len(bins), np.bool_)
         if self._place is None:
-            self._place = np.full(self._bins, self._phase, np.int64)
-        before, behind = np.maximum(bins - 1, 0), bins + 1
-        from_before = self._taken[before] & (bins > 0) & (self._place[before] > place)
-        return from_before | (self._taken[behind] & (self._place[behind] < place))
+            self._place = np.zeros(self._bins, np.int32)  # zeros cost no memory where nothing is written
+        before, behind, shift = np.maximum(bins - 1, 0), bins + 1, place - self._phase
+        from_before = self._taken[before] & (bins > 0) & (self._place[before] > shift)
+        return from_before | (self._taken[behind] & (self._place[behind] < shift))

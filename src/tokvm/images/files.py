@@ -116,9 +116,9 @@ class LocalFile:
         self._fd, self._direct_fd = -1, None
 
 
-def open_file(path: str | Path, *, direct: bool = True) -> LocalFile:
-    """Open an image file. `direct`: large reads of what the page cache does not hold go past it (O_DIRECT), where
-    the file system has that."""
+def open_file(path: str | Path, *, direct: bool = True, regular: bool = False) -> LocalFile:
+    """Open an image file. regular: a block device is refused. direct: large reads of what the page cache does not hold go past
+    it (O_DIRECT), where the file system has that."""
     name = str(path)
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
@@ -129,8 +129,9 @@ def open_file(path: str | Path, *, direct: bool = True) -> LocalFile:
         raise ImageError(what, where=name, fix=fix) from exc
     try:
         mode = os.fstat(fd).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            raise ImageError("it is neither a regular file nor a block device", where=name, fix="give an image file")
+        if not (stat.S_ISREG(mode) or (stat.S_ISBLK(mode) and not regular)):
+            what = "it is no regular file" if regular else "it is neither a regular file nor a block device"
+            raise ImageError(what, where=name, fix="give an image file")
         return LocalFile(name, fd, _open_direct(fd, flags) if direct else None)
     except BaseException:
         os.close(fd)

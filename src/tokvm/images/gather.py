@@ -22,7 +22,7 @@ from tokvm.core.units import KiB, MiB
 from tokvm.images.buffers import PAGE
 
 UNIT = 2 * MiB
-_GAP = 16 * KiB  # reading through a gap of this size costs less than a second read
+_GAP = 32 * KiB  # reading through a gap of this size costs less than a second read
 _FAR = np.iinfo(np.int64).max
 
 

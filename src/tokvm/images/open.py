@@ -36,7 +36,7 @@ _BY_START = {
 _DESCRIPTOR = b"# disk descriptorfile"  # in any case
 
 # Known by their first bytes, but no disk of our three hypervisors: named, so that nobody takes them for raw.
-_OTHERS = {b"QFI\xfb": "qcow2", b"QED\0": "QED", b"<<< ": "VDI"}
+_OTHERS = {b"QFI\xfb": "qcow2", b"QED\0": "QED", b"<<< ": "VDI", b"LUKS\xba\xbe": "LUKS"}
 
 
 def open_image(file: ReadAt, *, expect: str | None = None, extents: ExtentFiles | None = None) -> Layer:

@@ -29,7 +29,7 @@ from tokvm.transfer.checkpoint import Checkpoint
 from tokvm.transfer.manifest import ManifestWriter, data_records, zero_records
 
 ZERO_FROM = 64 * KiB  # below this, written zeros are cheaper than a call that makes a hole
-INLINE_UP_TO = 64 * KiB  # the page cache takes a small write sooner than another thread could be woken for it
+INLINE_UP_TO = 64 * KiB  # of whole pages: the page cache takes them in no time
 _PAGE = 4 * KiB
 _QUEUED_PER_WORKER = 4
 
@@ -52,6 +52,7 @@ class Pipeline:
 
     def __init__(self, writer: DiskWriter, *, workers: int, manifest: ManifestWriter | None) -> None:
         self._writer = writer
+        self._zeroed = writer.known_zero  # before our first write, and no range comes twice: what is to be zero is zero already
         self._manifest = manifest
         self._chunks: queue.Queue[tuple[Chunk, _Epoch] | None] = queue.Queue(max(1, workers) * _QUEUED_PER_WORKER)
         self._state = threading.Condition()
@@ -59,7 +60,8 @@ class Pipeline:
         self._closed: deque[_Epoch] = deque()  # submitted, not flushed yet; at most one
         self._flushed: deque[Checkpoint] = deque()
         self._failure: BaseException | None = None
-        self._moved = 0
+        self._moved = 0  # by the workers
+        self._moved_here = 0  # in the caller's thread
         self._ending = False
         self._threads = [
             threading.Thread(target=self._work, name=f"pass-writer-{n}", daemon=True) for n in range(max(1, workers))
@@ -85,16 +87,24 @@ class Pipeline:
     def submit(self, chunk: Chunk) -> None:
         """Take the chunk over. Waits while enough are under way; raises what went wrong with an earlier one."""
         epoch = self._open
-        if chunk.kind is ExtentKind.DATA and chunk.length <= INLINE_UP_TO and not (chunk.offset | chunk.length) % _PAGE:
+        if self._is_quick(chunk):
             self.check()
             records = self._deliver(chunk)
-            with self._state:
-                self._account(epoch, chunk, records)
+            if chunk.kind is ExtentKind.DATA:
+                self._moved_here += chunk.length
+            if records:
+                epoch.records.append(records)
             return
         with self._state:
             epoch.pending += 1
         self._chunks.put((chunk, epoch))
         self.check()
+
+    def _is_quick(self, chunk: Chunk) -> bool:
+        """Done sooner than another thread could be woken for it."""
+        if chunk.kind is ExtentKind.DATA:
+            return chunk.length <= INLINE_UP_TO and not (chunk.offset | chunk.length) % _PAGE
+        return self._zeroed
 
     def close_epoch(self, checkpoint: Checkpoint) -> None:
         """Everything submitted so far belongs to `checkpoint`. Waits until the checkpoint before it was flushed."""
@@ -114,6 +124,8 @@ class Pipeline:
 
     def finished(self) -> list[Checkpoint]:
         """Checkpoints that may be recorded now, oldest first; each is handed out once."""
+        if not self._flushed:  # asked once a chunk: no lock for it
+            return []
         with self._state:
             found = list(self._flushed)
             self._flushed.clear()
@@ -121,8 +133,10 @@ class Pipeline:
 
     def moved(self) -> int:
         """Bytes of DATA written since the last call."""
-        with self._state:
-            count, self._moved = self._moved, 0
+        count, self._moved_here = self._moved_here, 0
+        if self._moved:
+            with self._state:
+                count, self._moved = count + self._moved, 0
         return count
 
     def check(self) -> None:
@@ -159,7 +173,8 @@ class Pipeline:
             if chunk.kind is ExtentKind.ABSENT:
                 return b""
             if data is None or chunk.kind is ExtentKind.ZERO or is_zero(data):
-                self._writer.zero(chunk.offset, chunk.length)
+                if not self._zeroed:
+                    self._writer.zero(chunk.offset, chunk.length)
                 return zero_records(chunk.offset, chunk.length) if self._manifest is not None else b""
             records = data_records(chunk.offset, data) if self._manifest is not None else b""
             self._writer.write(chunk.offset, data)

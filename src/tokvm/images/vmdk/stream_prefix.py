@@ -71,7 +71,7 @@ def read_prefix(cursor: StreamCursor, name: str) -> StreamPrefix:
     if header.directory_sector != AT_END:
         tables = read_directories(SparseFile(found, header, descriptor, None), size)
         warnings, listed = (*warnings, *tables.warnings), _listed(tables)
-        if len(listed) and int(listed[0] >> np.uint64(32)) < header.overhead:  # a stream that begins behind it would be without it
+        if len(listed) and int(listed[0] >> np.uint64(32)) < header.overhead:  # it would be read past
             allowed = f"at most {int(listed[0] >> np.uint64(32))}, where the first grain is"
             raise bad_field(name, 64, "KDMV overhead", header.overhead, allowed)
     digest = hashlib.blake2b(raw, digest_size=16).hexdigest()
