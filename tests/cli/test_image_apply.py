@@ -178,6 +178,7 @@ def test_killed_in_the_middle_the_same_command_goes_on_and_another_is_refused(di
     assert apply(tokvm, target, disk.names[2]).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_goes_on(disk: Disk, tokvm: Run, tmp_path: Path) -> None:
     target = tmp_path / "disk.raw"
     assert _kill_when_pending(
@@ -214,6 +215,7 @@ def _kill_when_pending(argv: list[str], note: Path, state: Path) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_a_qcow2_target_is_converted_applied_and_compared(disk: Disk, tokvm: Run, tmp_path: Path) -> None:
     target = tmp_path / "disk.qcow2"
     assert tokvm("image", "convert", disk.names[0], "--to", target).returncode == 0

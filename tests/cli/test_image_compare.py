@@ -19,7 +19,7 @@ def disk(tmp_path: Path) -> Disk:
     return made
 
 
-@pytest.mark.parametrize("place", [0, 511, 512, 65536, SIZE // 2 + 4096, SIZE - 1])
+@pytest.mark.parametrize("place", [511, SIZE // 2 + 4096, SIZE - 1])
 def test_one_flipped_byte_is_found_and_placed(disk: Disk, tokvm: Run, tmp_path: Path, place: int) -> None:
     target = tmp_path / "disk.raw"
     content = bytearray(disk.contents[-1])

@@ -14,6 +14,8 @@ import pytest
 
 from tokvm.testing.xenserver.host import DiskSpec, MachineSpec, XenHost, build_host
 
+pytestmark = pytest.mark.slow
+
 MiB = 1 << 20
 SIZE = 12 * MiB
 NAMES = ("-oProxyCommand=x", "$(id)", "a'b", "two\nlines, \\one comma", "[x] \x1b[31m“ü")

@@ -10,11 +10,16 @@ from __future__ import annotations
 import mmap
 import queue
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+
 from tokvm.core.extents import ExtentKind, ExtentMap
 from tokvm.core.units import MiB
+
+_HUGE_PAGE = 2 * MiB
 
 
 @dataclass(slots=True)
@@ -113,16 +118,19 @@ class DiskWriter(Protocol):
 
 
 class BufferPool:
-    """A fixed number of page-aligned buffers (mmap: aligned, so fit for O_DIRECT); bounds a pass's memory.
+    """A fixed number of page-aligned buffers, so fit for O_DIRECT; bounds a pass's memory.
 
     `acquire` waits until a buffer is free. Buffers may be given back from any thread.
+    They lie in huge pages where the host has them: a device's request has room for so many pieces of memory (virtio: 254), so
+    with pages of 4 KiB it moves 1 MiB at a time; measured, O_DIRECT reads are half as fast then, at twice the CPU.
     """
 
     def __init__(self, count: int = 8, size: int = 2 * MiB) -> None:
         self.size = size
-        self._free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
-        for _ in range(count):
-            self._free.put(mmap.mmap(-1, size))
+        self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+        room = _huge_room(count * size)
+        for number in range(count):
+            self._free.put(room[number * size : (number + 1) * size])
 
     def acquire(self) -> tuple[memoryview, Callable[[], None]]:
         """A writable view of `size` bytes and the function that gives it back."""
@@ -135,5 +143,14 @@ class BufferPool:
         except queue.Empty:
             return None
 
-    def _hand_out(self, buffer: mmap.mmap) -> tuple[memoryview, Callable[[], None]]:
-        return memoryview(buffer), lambda: self._free.put(buffer)
+    def _hand_out(self, buffer: memoryview) -> tuple[memoryview, Callable[[], None]]:
+        return buffer, lambda: self._free.put(buffer)
+
+
+def _huge_room(size: int) -> memoryview:
+    """Memory of its own that begins where a huge page may. Private: shared memory gets none on most hosts."""
+    room = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        room.madvise(mmap.MADV_HUGEPAGE)
+    start = -np.frombuffer(room, np.uint8).ctypes.data % _HUGE_PAGE
+    return memoryview(room)[start : start + size]

@@ -194,8 +194,9 @@ def _linkage_problems(parent: Layer, child: Layer) -> Iterator[ImageError]:
             fix=f"{_LIST_ALL}; {forced}",
         )
     elif not child.linkage.knows_file(parent.name):
+        wanted = printable(child.linkage.parent_file)
         yield ImageError(
-            f"it was made over the file {printable(child.linkage.parent_file)}, and before it {file_name(parent_name)} is listed "
+            f"it was made over the file {wanted}, but {file_name(parent_name)} is listed before it "
             f"(both are {parent.identity}: such an id does not tell the layers of a running VM apart)",
             where=child.name,
             fix=f"{_LIST_ALL}; {forced}, for example because files were renamed",
