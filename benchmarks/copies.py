@@ -25,12 +25,12 @@ TUNED = ("-t", "none", "-T", "none", "-W", "-m", "16")
 def to_file(chain: Chain, folder: Path, *, repeats: int, tell: Callable[[str], None]) -> list[Result]:
     """Each variant writes a new sparse file."""
     target, manifest = folder / "target.raw", folder / "target.manifest"
-    before = _both(evict(*chain.paths, Path(chain.flat_vhd)), lambda: target.unlink(missing_ok=True))
-    once = _Once(lambda: _compare(target, Path(chain.flat_raw), chain.size))
+    before = both(evict(*chain.paths, Path(chain.flat_vhd)), lambda: target.unlink(missing_ok=True))
+    once = Once(lambda: compare(target, Path(chain.flat_raw), chain.size))
     sync, convert = ("sync", str(target)), ("qemu-img", "convert", "-f", "vpc", "-O", "raw")
     variants = [
         Variant(KERNEL, (worker("kernel", str(target), chain.flat_vhd),), before),
-        Variant(CP, (_cp(chain.flat_vhd, target), sync), before),
+        Variant(CP, (cp(chain.flat_vhd, target), sync), before),
         Variant("kernel: O_DIRECT read and write, 4 MiB", (worker("direct", str(target), chain.flat_vhd),), before),
         Variant(QEMU, ((*convert, "-t", "writeback", chain.flat_vhd, str(target)), sync), before),
         Variant("qemu-img convert, tuned + fsync", ((*convert, *TUNED, chain.flat_vhd, str(target)), sync), before),
@@ -49,12 +49,12 @@ def to_device(chain: Chain, folder: Path, *, repeats: int, tell: Callable[[str],
     manifest = folder / "target.manifest"
     with_loop = _Loop(folder / "loop.img", chain.size)
     device = with_loop.path
-    before = _both(evict(*chain.paths, Path(chain.flat_vhd)), with_loop.renew)
-    once = _Once(lambda: _compare(Path(device), Path(chain.flat_raw), chain.size))
+    before = both(evict(*chain.paths, Path(chain.flat_vhd)), with_loop.renew)
+    once = Once(lambda: compare(Path(device), Path(chain.flat_raw), chain.size))
     convert = ("qemu-img", "convert", "-n", "-f", "vpc", "-O", "raw")
     variants = [
         Variant(KERNEL_DEVICE, (worker("kernel", device, chain.flat_vhd),), before),
-        Variant(CP, (_cp(chain.flat_vhd, Path(device)), ("sync", device)), before),
+        Variant(CP, (cp(chain.flat_vhd, Path(device)), ("sync", device)), before),
         Variant("kernel: O_DIRECT read and write, 4 MiB", (worker("direct", device, chain.flat_vhd),), before),
         Variant(QEMU, ((*convert, "-t", "writeback", chain.flat_vhd, device), ("sync", device)), before),
         Variant("qemu-img convert, tuned + fsync", ((*convert, *TUNED, chain.flat_vhd, device), ("sync", device)), before),
@@ -68,11 +68,11 @@ def to_device(chain: Chain, folder: Path, *, repeats: int, tell: Callable[[str],
         manifest.unlink(missing_ok=True)
 
 
-def _cp(source: str, target: Path) -> tuple[str, ...]:
+def cp(source: str, target: Path) -> tuple[str, ...]:
     return ("cp", "--sparse=never", "--reflink=never", source, str(target))
 
 
-def _both(*acts: Callable[[], None]) -> Callable[[], None]:
+def both(*acts: Callable[[], None]) -> Callable[[], None]:
     def act() -> None:
         for each in acts:
             each()
@@ -80,7 +80,7 @@ def _both(*acts: Callable[[], None]) -> Callable[[], None]:
     return act
 
 
-class _Once:
+class Once:
     """Acts at the first call only: figures of a wrong copy are worth nothing, and comparing takes long."""
 
     def __init__(self, act: Callable[[], None]) -> None:
@@ -92,7 +92,7 @@ class _Once:
             act()
 
 
-def _compare(target: Path, expected: Path, size: int) -> None:
+def compare(target: Path, expected: Path, size: int) -> None:
     done = subprocess.run(["cmp", "--bytes", str(size), str(target), str(expected)], check=False)
     if done.returncode:
         raise BenchmarkError(f"{target} does not hold what {expected} does")

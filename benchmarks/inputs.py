@@ -47,18 +47,25 @@ class Chain:
 
 
 def large_runs(folder: Path, size: int) -> Chain:
-    source = random.Random(1)
-    base = [(at, STRETCH) for at in range(0, size, 2 * STRETCH)]
-    return _chain(folder, "large", size, [base, _some_runs(base, source, 4), _some_runs(base, source, 8)])
+    return _chain(folder, "large", size, large_layers(size))
 
 
 def small_runs(folder: Path, size: int) -> Chain:
-    """Children of 4 KiB pieces: 1/64 of the base's data in each."""
+    return _chain(folder, "small", size, small_layers(size))
+
+
+def large_layers(size: int) -> list[Extents]:
+    source = random.Random(1)
+    base = [(at, STRETCH) for at in range(0, size, 2 * STRETCH)]
+    return [base, _some_runs(base, source, 4), _some_runs(base, source, 8)]
+
+
+def small_layers(size: int, share: int = 64) -> list[Extents]:
+    """Children of 4 KiB pieces: 1/share of the base's data in each."""
     source = random.Random(2)
     base = [(at, STRETCH) for at in range(0, size, 2 * STRETCH)]
     places = [at for start, length in base for at in range(start, start + length, 4 * KiB)]
-    children: list[Extents] = [[(at, 4 * KiB) for at in sorted(source.sample(places, len(places) // 64))] for _ in range(2)]
-    return _chain(folder, "small", size, [base, *children])
+    return [base, *([(at, 4 * KiB) for at in sorted(source.sample(places, len(places) // share))] for _ in range(2))]
 
 
 def spread(folder: Path, size: int, payload: int) -> Chain:
@@ -95,7 +102,7 @@ def _chain(folder: Path, name: str, size: int, layers: list[Extents], *, flat: b
     recipe = {"recipe": RECIPE, **asdict(chain), "layers": list(chain.layers)}
     if note.exists() and json.loads(note.read_text()) == recipe:
         return chain
-    noise = random.Random(size).randbytes(_NOISE_SIZE)
+    noise = make_noise(size)
     for index, extents in enumerate(layers):
         _write_layer(chain.paths[index], size, index, extents, noise)
     if flat:
@@ -109,7 +116,11 @@ def _union(layers: list[Extents]) -> int:
     return sum(length for _, length in layers[0])
 
 
-def _content(noise: bytes, layer: int, offset: int, length: int) -> bytes:
+def make_noise(seed: int) -> bytes:
+    return random.Random(seed).randbytes(_NOISE_SIZE)
+
+
+def content(noise: bytes, layer: int, offset: int, length: int) -> bytes:
     """Bytes that differ from layer to layer and from place to place; a reader's slip of one sector shows."""
     at = (offset // 512 * 4099 + layer * 1_000_003) % (_NOISE_SIZE // 2)
     return noise[at : at + length]
@@ -121,7 +132,7 @@ def _write_layer(path: Path, size: int, index: int, extents: Extents, noise: byt
             out,
             size=size,
             kind="differencing" if index else "dynamic",
-            runs=runs_of(extents, partial(_content, noise, index)),
+            runs=runs_of(extents, partial(content, noise, index)),
             blocks=blocks_of(extents),
             unique_id=UUID(int=index + 1),
             parent_id=UUID(int=index) if index else None,
@@ -133,7 +144,7 @@ def _flatten(chain: Chain, layers: list[Extents], noise: bytes) -> None:
     with Path(chain.flat_raw).open("wb") as out:
         out.truncate(chain.size)
         for index, extents in enumerate(layers):
-            for offset, data in runs_of(extents, partial(_content, noise, index)):
+            for offset, data in runs_of(extents, partial(content, noise, index)):
                 out.seek(offset)
                 out.write(data)
     options = "subformat=dynamic,force_size=on"

@@ -8,7 +8,9 @@ kernel thread did for it is not in them.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -16,9 +18,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 KiB = 1024
 MiB = KiB * KiB
+GiB = KiB * MiB
+_SLOW_S = 30.0
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -70,6 +75,15 @@ class Result:
         return statistics.median(sample.cpu_s for sample in self.samples)
 
     @property
+    def rate(self) -> float:
+        """MiB/s"""
+        return self.payload / MiB / self.best_wall_s
+
+    @property
+    def cpu_per_gib(self) -> float:
+        return self.best_cpu_s * GiB / self.payload
+
+    @property
     def peak_rss(self) -> int:
         return max(sample.peak_rss for sample in self.samples)
 
@@ -80,10 +94,12 @@ def worker(*args: str) -> tuple[str, ...]:
 
 
 def alternate(variants: Sequence[Variant], *, repeats: int, payload: int, tell: Callable[[str], None]) -> list[Result]:
-    """Every variant `repeats` times, in turns. payload: the bytes of guest data that each moves."""
+    """Every variant `repeats` times, in turns; a very slow one only once. payload: the bytes of guest data that each moves."""
     results = [Result(variant.name, payload) for variant in variants]
     for turn in range(repeats):
         for variant, result in zip(variants, results, strict=True):
+            if result.samples and result.best_wall_s > _SLOW_S:
+                continue
             variant.before()
             sample = run(variant)
             variant.after()
@@ -118,6 +134,24 @@ def run(variant: Variant) -> Sample:
         else:
             peak_rss = max(peak_rss, usage.ru_maxrss * KiB)
     return Sample(wall_s, cpu_s, peak_rss, detail)
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def apart(make: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
+    """Call it in a process of its own: a measured child's peak RSS begins with its parent's."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(make, args, named)
+
+
+def need_room(folder: Path, count: int, what: str) -> None:
+    """BenchmarkError when the filesystem of `folder` has less than `count` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < count:
+        need, have = (f"{number / GiB:.1f} GiB" for number in (count, free))
+        raise BenchmarkError(f"{folder}: {what} need {need}, but only {have} are free; give another place with --folder")
 
 
 def evict(*paths: Path) -> Callable[[], None]:

@@ -1,6 +1,9 @@
 """The workers: one measured process each, as an operator's run would be one. Prints one JSON line about itself.
 
 python -m benchmarks.work pass TARGET MANIFEST LAYER…     chain → target, as `tokvm sync` copies; MANIFEST `-` is none
+python -m benchmarks.work convert TARGET LAYER…           as `tokvm image convert`, the same code
+python -m benchmarks.work walk LAYER                      open it and walk over all of its map
+python -m benchmarks.work dissect TARGET FILE END         dissect.hypervisor, guest bytes 0 to END, 1 MiB at a time
 python -m benchmarks.work kernel TARGET FILE              copy_file_range, or sendfile to a device, and fsync
 python -m benchmarks.work direct TARGET FILE              O_DIRECT both ways, one thread: what the medium gives
 python -m benchmarks.work sftp NETLOC CONFIG FILE         our SFTP reader, bytes thrown away
@@ -11,7 +14,6 @@ python -m benchmarks.work stream-pass NETLOC CONFIG FILE TARGET MANIFEST   the s
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import shlex
 import stat
@@ -58,6 +60,51 @@ def copy_chain(target: str, manifest: str, *layers: str) -> int:
         reader.close()
 
 
+def convert(target: str, *layers: str) -> int:
+    from tokvm.app.convert import Target
+    from tokvm.app.convert import convert as convert_chain
+    from tokvm.app.image_files import open_chain
+
+    with open_chain(layers) as chain:
+        return convert_chain(chain, Target(target), _Quiet()).data_bytes
+
+
+class _Quiet:
+    """Implements `app.convert.PassProgress`."""
+
+    def begin(self, what: str, total: int, done: int) -> None: ...
+
+    def advance(self, count: int) -> None: ...
+
+
+def walk(path: str) -> int:
+    """The rows of the map."""
+    from tokvm.app.image_files import open_layers
+
+    with open_layers([path]) as (layer,):
+        return sum(len(window) for window in layer.windows())
+
+
+def copy_by_dissect(target: str, path: str, end: str) -> int:
+    """What anybody would write with it: zeros are not written, so they cost it next to nothing."""
+    from dissect.hypervisor.disk.vhd import VHD
+    from dissect.hypervisor.disk.vhdx import VHDX
+    from dissect.hypervisor.disk.vmdk import VMDK
+
+    kind = {".vhd": VHD, ".vhdx": VHDX, ".avhdx": VHDX, ".vmdk": VMDK}[Path(path).suffix]
+    with ExitStack() as held:
+        reader = kind(held.enter_context(open(path, "rb")) if kind is VHD else Path(path))
+        writer = held.enter_context(open(target, "wb", buffering=0))
+        moved, zeros = 0, bytes(MiB)
+        for offset in range(0, int(end), MiB):
+            data = reader.read(MiB)
+            if data != zeros:
+                moved += os.pwrite(writer.fileno(), data, offset)
+        writer.truncate(int(end))
+        os.fsync(writer.fileno())
+    return moved
+
+
 def _run_pass(reader: DiskReader, target: str, manifest: str) -> int:
     """A base pass onto a target that may hold anything. `manifest` is a path, or `-` for none."""
     from tokvm.targets.open import TargetSpec, open_target
@@ -102,9 +149,11 @@ def copy_by_kernel(target: str, source: str) -> int:
 
 
 def copy_direct(target: str, source: str) -> int:
+    from tokvm.core.disk import BufferPool
+
     reader = os.open(source, os.O_RDONLY | os.O_DIRECT)
     writer = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o600)
-    buffer = memoryview(mmap.mmap(-1, PIECE))
+    buffer, _ = BufferPool(1, PIECE).acquire()
     size, moved = os.fstat(reader).st_size, 0
     while moved < size:
         count = os.preadv(reader, [buffer], moved)
@@ -172,6 +221,9 @@ def _vhd_stream(netloc: str, config: str, path: str) -> tuple[VhdStream, Callabl
 
 WORKERS: dict[str, Callable[..., int]] = {
     "pass": copy_chain,
+    "convert": convert,
+    "walk": walk,
+    "dissect": copy_by_dissect,
     "kernel": copy_by_kernel,
     "direct": copy_direct,
     "sftp": read_by_sftp,

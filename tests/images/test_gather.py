@@ -5,10 +5,13 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tokvm.core.disk import BufferPool
 from tokvm.core.extents import Extent, ExtentKind, ExtentMap
+from tokvm.images.base import Linkage, MappedLayer
+from tokvm.images.chain import Chain
 from tokvm.images.gather import UNIT, Fill, fills, in_order
 from tokvm.images.reader import ChainReader
 
@@ -80,3 +83,45 @@ def test_small_pieces_over_a_base_become_one_large_chunk(kit: Any) -> None:
 
 def test_an_empty_map_needs_no_buffer() -> None:
     assert list(fills(in_order(ExtentMap.empty(0, UNIT)), UNIT)) == []
+
+
+class CountingFile:
+    """A ReadAt over bytes that remembers what was asked for."""
+
+    name = "memory"
+
+    def __init__(self, raw: bytes) -> None:
+        self.raw = raw
+        self.size = len(raw)
+        self.asked: list[tuple[int, int]] = []
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        self.asked.append((offset, len(buffer)))
+        buffer[:] = self.raw[offset : offset + len(buffer)]
+
+    def close(self) -> None: ...
+
+
+class Backwards(MappedLayer):
+    """Grains of 4 KiB: the disk's first is the file's last."""
+
+    GRAIN = 4096
+
+    def map_part(self, start: int, stop: int, max_rows: int | None) -> ExtentMap:
+        at = np.arange(start, stop, self.GRAIN)
+        return ExtentMap.build(start, stop, at, self.GRAIN, int(ExtentKind.DATA), self.size - self.GRAIN - at)
+
+    def describe(self) -> dict[str, object]:
+        return {}
+
+
+def test_small_pieces_that_are_neighbours_in_the_file_are_one_read() -> None:
+    grains = [bytes([number + 1]) * Backwards.GRAIN for number in range(16)]
+    file = CountingFile(b"".join(grains))
+    reader = ChainReader(Chain.open([Backwards(file, size=file.size, linkage=Linkage())]), pool=BufferPool(2, UNIT))
+    found = bytearray(file.size)
+    for chunk in reader.chunks():
+        found[chunk.offset : chunk.offset + chunk.length] = chunk.data or b""
+        chunk.release()
+    assert bytes(found) == b"".join(reversed(grains))
+    assert file.asked == [(0, file.size)]

@@ -49,12 +49,15 @@ class Rows(NamedTuple):
         return Rows(rest.layer, rest.file_offset + head, rest.offset + head, rest.length - head)
 
 
+Read = tuple[int, int, int, int]  # layer, file offset, place in the buffer, length
+
+
 @dataclass(slots=True)
 class Fill:
-    """What goes into one buffer. reads: (layer, file offset, place in the buffer, length), in this order, because a later one
-    may lie over an earlier one. pieces: (guest offset, length, place in the buffer) of each chunk."""
+    """What goes into one buffer. reads: in this order, because a later one may lie over an earlier one. pieces: (guest offset,
+    length, place in the buffer) of each chunk."""
 
-    reads: list[tuple[int, int, int, int]] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
     pieces: list[tuple[int, int, int]] = field(default_factory=list)
 
 
