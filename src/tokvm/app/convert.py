@@ -23,7 +23,6 @@ from tokvm.app.held import Content, Held, Note, Pending
 from tokvm.core.disk import BufferPool
 from tokvm.core.errors import ImageError, UnsafeTarget, UsageError
 from tokvm.core.text import printable
-from tokvm.core.units import MiB
 from tokvm.images.base import UNKNOWN_PARENT
 from tokvm.images.chain import Chain
 from tokvm.images.reader import ChainReader
@@ -35,12 +34,11 @@ from tokvm.transfer.passes import run_pass
 
 log = logging.getLogger(__name__)
 
-BUFFERS = 12
-BUFFER_SIZE = 4 * MiB
+BUFFERS = 8  # of 2 MiB: measured, more brings nothing
 _KEPT = 1000  # signatures of layers applied to one target
 _EMPTY = ""  # the signature of layers that say nothing: applied twice they do no harm, and may look all the same
 # The note is a file of its own, renamed and flushed each time: rarer than the journal's checkpoints.
-_LIMITS = PassLimits(workers=4, checkpoint_bytes=4 << 30, checkpoint_s=10.0)
+_LIMITS = PassLimits(checkpoint_bytes=4 << 30, checkpoint_s=10.0)
 
 
 class PassProgress(Protocol):
@@ -113,7 +111,7 @@ def apply(chain: Chain, target: Target, progress: PassProgress, *, force_linkage
 def _reading(chain: Chain) -> Iterator[tuple[ChainReader, str]]:
     """The reader and the signature of what it will say. The maps are walked here, so damage is found before anything is opened
     for writing."""
-    reader = ChainReader(chain, pool=BufferPool(BUFFERS, BUFFER_SIZE))
+    reader = ChainReader(chain, pool=BufferPool(BUFFERS))
     digest = hashlib.blake2b(digest_size=16)
     for layer in chain.layers:
         digest.update(f"{layer.format} {layer.linkage} {layer.size}\n".encode())
