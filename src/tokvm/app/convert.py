@@ -152,7 +152,7 @@ def _resumed(note: Note, target: Target, mine: Pending) -> tuple[str | None, Che
         raise UnsafeTarget(
             f"it holds a part of another conversion, of {printable(', '.join(before.names))}",
             where=target.path,
-            fix=f"go on with that one, or give it up: --overwrite {target.path}=SIZE",
+            fix=f"go on with that one, or give it up: --overwrite {target.path}={Path(target.path).stat().st_size}",
         )
     return held.target, before.checkpoint if before.fingerprint == mine.fingerprint else None
 
