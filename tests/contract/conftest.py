@@ -1,6 +1,7 @@
 """Worlds that a Source is tried in: the same questions to each.
 
 xenserver: the real source, the real ssh, a real sshd, the XenServer persona behind it
+hyperv:    the same with the Hyper-V persona
 fake:      testing.fakes.FakeSource, which the cutover's tests rely on
 """
 
@@ -16,9 +17,13 @@ from tokvm.core.machine import Disk, Snapshot, VirtualMachine
 from tokvm.core.units import MiB
 from tokvm.remote.ssh import SshConfig, SshHost
 from tokvm.sources.base import Source
+from tokvm.sources.hyperv import power as hyperv_power
+from tokvm.sources.hyperv import snapshots as hyperv_snapshots
+from tokvm.sources.hyperv.source import HyperVSource
 from tokvm.sources.xenserver import power, snapshots
 from tokvm.sources.xenserver.source import XenServerSource
 from tokvm.testing import fakes
+from tokvm.testing.hyperv import host as hyperv
 from tokvm.testing.xenserver.host import DiskSpec, HostOptions, MachineSpec, NicSpec, XenHost, build_host
 
 SIZES = (8 * MiB, 3 * MiB + 512)
@@ -30,6 +35,8 @@ class World(Protocol):
 
     source: Source
     name: str
+    grain: int
+    """The smallest piece that a base copy can tell from its neighbours, bytes."""
 
     @property
     def vm(self) -> str:
@@ -67,6 +74,7 @@ class XenWorld:
     """Implements World."""
 
     name = NAME
+    grain = 512
 
     def __init__(self, folder: Path) -> None:
         disks = [DiskSpec(size) for size in SIZES]
@@ -116,10 +124,67 @@ class XenWorld:
         self.host.close()
 
 
+class HyperVWorld:
+    """Implements World."""
+
+    name = NAME
+    grain = 2 * MiB
+
+    def __init__(self, folder: Path) -> None:
+        disks = [hyperv.DiskSpec(size) for size in SIZES]
+        nics = [hyperv.NicSpec("00155D0A0B0C", "LAN, the\nfirst"), hyperv.NicSpec("00155d0a0b0d")]
+        spec = hyperv.MachineSpec(NAME, disks=disks, nics=nics, vcpus=2, notes="-oProxyCommand=x")
+        options = hyperv.HostOptions(banner=True, merge_s=0.3, orphans=True)
+        self.host = hyperv.build_host(folder, machines=[spec], options=options)
+        self.sources: list[HyperVSource] = []
+        self.source: Source = self.connect()
+
+    @property
+    def vm(self) -> str:
+        return self.host.id(NAME)
+
+    def described(self) -> VirtualMachine:
+        keys = [self.host.disk_key(NAME, index) for index in range(len(SIZES))]
+        disks = [
+            Disk(index, key, size, device=f"SCSI 0:{index}") for index, (key, size) in enumerate(zip(keys, SIZES, strict=True))
+        ]
+        return VirtualMachine(self.vm, NAME, 2, 1, tuple(disks))
+
+    def connect(self) -> HyperVSource:
+        sshd = self.host.sshd
+        config = SshConfig.parse(sshd.netloc, config_file=str(sshd.config_file), known_hosts=str(sshd.known_hosts))
+        self.sources.append(HyperVSource(SshHost(config)))
+        return self.sources[-1]
+
+    def write(self, disk: int, offset: int, data: bytes) -> None:
+        self.host.write_disk(NAME, disk, offset=offset, data=data)
+
+    def read(self, disk: int) -> bytes:
+        return self.host.read_disk(NAME, disk)
+
+    def foreign_snapshot(self) -> None:
+        self.host.foreign_checkpoint(NAME, "nightly, of\nsomebody")
+
+    def snapshot_count(self) -> int:
+        return len(self.host.checkpoints(NAME))
+
+    def lose_reply(self, verb: str) -> None:
+        self.host.fault({"snapshot": "checkpoint", "start": "start", "stop": "shutdown"}[verb], "lost_reply")
+
+    def ignore_shutdown(self) -> None:
+        self.host.set_guest(NAME, ignores_shutdown=True)
+
+    def close(self) -> None:
+        for source in self.sources:
+            source.close()
+        self.host.close()
+
+
 class FakeWorld:
     """Implements World. Its guest writes a block at every call, as long as it runs."""
 
     name = "guest"
+    grain = fakes.BLOCK
 
     def __init__(self) -> None:
         self.world = fakes.World.make(disks=2)
@@ -173,9 +238,24 @@ def xen_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[XenWo
         made.close()
 
 
-@pytest.fixture(params=["fake", pytest.param("xenserver", marks=pytest.mark.slow)])
+@pytest.fixture
+def hyperv_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HyperVWorld]:
+    """Waiting is shortened: the persona is quick."""
+    monkeypatch.setattr(hyperv_power, "POLL_S", 0.05)
+    monkeypatch.setattr(hyperv_snapshots, "POLL_S", 0.05)
+    made = HyperVWorld(tmp_path / "host")
+    try:
+        yield made
+        assert made.host.violations() == []
+    finally:
+        made.close()
+
+
+@pytest.fixture(
+    params=["fake", pytest.param("xenserver", marks=pytest.mark.slow), pytest.param("hyperv", marks=pytest.mark.slow)]
+)
 def world(request: pytest.FixtureRequest) -> World:
     if request.param == "fake":
         return FakeWorld()
-    made: World = request.getfixturevalue("xen_world")
+    made: World = request.getfixturevalue({"xenserver": "xen_world", "hyperv": "hyperv_world"}[request.param])
     return made

@@ -1,4 +1,4 @@
-"""A played XenServer for each test, and ssh to it."""
+"""A played XenServer or Hyper-V host for each test, and ssh to it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from tokvm.testing.hyperv import host as hyperv
 from tokvm.testing.xenserver.host import DiskSpec, HostOptions, MachineSpec, XenHost, build_host
 
 MiB = 1 << 20
 SSH = Callable[..., "subprocess.CompletedProcess[bytes]"]
 Build = Callable[..., XenHost]
+BuildHyperV = Callable[..., hyperv.HyperVHost]
 
 
 @pytest.fixture
@@ -46,3 +48,20 @@ def ssh() -> SSH:
         return subprocess.run(argv, capture_output=True, timeout=timeout_s, check=False, stdin=subprocess.DEVNULL)
 
     return send
+
+
+@pytest.fixture
+def build_hyperv(tmp_path: Path) -> Iterator[BuildHyperV]:
+    """Build a Hyper-V host: options by keyword, machines by position. Everything is stopped at the end."""
+    hosts: list[hyperv.HyperVHost] = []
+
+    def make(*machines: hyperv.MachineSpec, **options: object) -> hyperv.HyperVHost:
+        specs = machines or (hyperv.MachineSpec("web", disks=[hyperv.DiskSpec(8 * MiB), hyperv.DiskSpec(5 * MiB)]),)
+        folder = tmp_path / f"hyperv{len(hosts)}"
+        host = hyperv.build_host(folder, machines=specs, options=hyperv.HostOptions(**options))  # type: ignore[arg-type]
+        hosts.append(host)
+        return host
+
+    yield make
+    for host in hosts:
+        host.close()

@@ -43,11 +43,15 @@ class Sshd:
     """One sshd, its keys and the client configuration to reach it. The folder holds everything, so a second process can
     make the same object and go on with it (`running`, `port`, `stop`)."""
 
-    def __init__(self, folder: Path, *, forced_command: Sequence[str] | None = None, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self, folder: Path, *, forced_command: Sequence[str] | None = None, sftp: str = "", host: str = "127.0.0.1"
+    ) -> None:
+        """sftp: what a forced command finds in SSH_ORIGINAL_COMMAND when the sftp subsystem is asked for; "": there is none."""
         self.folder = folder.absolute()
         self.host = host
         self.user = getpass.getuser()
         self._forced = list(forced_command) if forced_command is not None else None
+        self._sftp = sftp
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -216,6 +220,7 @@ class Sshd:
             lines.append("Subsystem sftp internal-sftp")
         else:
             lines += [f"ForceCommand {shlex.join(self._forced)}", "PermitTTY no", "DisableForwarding yes"]
+            lines += [f"Subsystem sftp {self._sftp}"] if self._sftp else []
         (self.folder / "sshd_config").write_text("\n".join(lines) + "\n")
         (self.folder / "port").write_text(f"{port}\n")
         name = f"[{self.host}]:{port} "

@@ -1,0 +1,1 @@
+"""Hyper-V over SSH: PowerShell for questions, SFTP for the disks."""

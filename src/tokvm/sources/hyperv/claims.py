@@ -1,0 +1,35 @@
+"""Whose VM is it? The owner in our line of the Notes: the first one sets it, nobody overwrites it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from tokvm.core.errors import UsageError
+from tokvm.sources.hyperv import record
+from tokvm.sources.hyperv.powershell import Asking
+from tokvm.sources.hyperv.record import Record
+
+log = logging.getLogger(__name__)
+
+
+def claim(shell: Asking, vm: str, name: str) -> str:
+    """Set our mark unless there is one; returns the holder."""
+    if not name or "\0" in name or name != name.strip():
+        raise UsageError(f"{name!r} cannot own a VM", fix="give an owner that is not empty and has no blanks around it")
+    held = record.change(shell, vm, lambda found: found if found.owner else replace(found, owner=name))
+    log.info("VM %s is held by %s", vm, held.owner)
+    return held.owner
+
+
+def release(shell: Asking, vm: str, name: str) -> bool:
+    """Remove the mark if it is ours, and when the guest was asked to stop, which nobody waits for any more. False: not ours."""
+    facts = record.look(shell, vm)
+    if record.record_of(shell, vm, facts.record).owner != name:
+        return False
+
+    def without(found: Record) -> Record:
+        return replace(found, owner="", asked=None) if found.owner == name else found
+
+    record.change(shell, vm, without, known=facts)
+    return True

@@ -1,0 +1,175 @@
+"""The forced command: one process per command line, as powershell.exe is, and one per sftp session.
+
+    sshd ─ SSH_ORIGINAL_COMMAND ─┬─► the bootstrap ─ stdin ─► script by its hash ─► data ─► faults ─► act ─► @@B … @@E
+                                 └─► sftp-server
+
+What no row of the contract allows fails and is recorded in STATE_DIR/violations. Must start fast (no numpy, no site): tests
+run it thousands of times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+from tokvm.testing import pids
+from tokvm.testing.hyperv import backend, contract, faults, scripts, shell
+from tokvm.testing.hyperv.errors import OPERATION_FAILED, HostError, NotInContract
+from tokvm.testing.hyperv.state import Late, State, Store
+from tokvm.testing.hyperv.vmms import Vmms, with_state
+
+DROPPED = 255  # what ssh itself says of a connection that broke
+NOBODY = 141
+
+
+class Drop(Exception):
+    """The connection dies here, without an answer."""
+
+
+class Persona:
+    def __init__(self, folder: Path) -> None:
+        self.store = Store(folder)
+        self.options = self.store.read()["options"]
+        self.vmms = Vmms(self.store, backend.load(self.options["backend"], self.store.path("backend")))
+
+    def answer_line(self, line: str) -> int:
+        """Do what `line` asks. Returns the exit code."""
+        if line == shell.SUBSYSTEM:
+            from tokvm.testing.hyperv.sftp import SftpServer
+
+            SftpServer(self.vmms).serve()
+            return 0
+        try:
+            shell.check_command(line, self.store.path("bootstrap.ps1").read_text(encoding="ascii"))
+            return self._answer_request(_read_all())
+        except NotInContract as refused:
+            self.store.append("commands.log", {"pid": os.getpid(), "command": line[:200]})
+            self.store.append("violations", {"command": line, "why": str(refused)})
+            _write(2, shell.refusal(line, self.options))
+            return 1
+        except Drop:
+            kill_connection(self.store)
+            return DROPPED
+        except BrokenPipeError:
+            return NOBODY
+
+    def _answer_request(self, raw: bytes) -> int:
+        try:
+            name, text, data = shell.parse_request(raw)
+        except HostError as error:
+            self.store.append("commands.log", {"pid": os.getpid(), "command": "a request cut short"})
+            return self._print(_failure(error))
+        self.store.append("commands.log", {"pid": os.getpid(), "command": name, "data": text})
+        checked = contract.check(name, data)
+        hit = faults.take(self.store, name)
+        if "wait" in hit:
+            time.sleep(hit["wait"]["seconds"])
+        if "hang" in hit:
+            wait_for_hangup()
+        if "drop" in hit:
+            raise Drop
+        if "crash" in hit:
+            _write(2, shell.encoded(shell.CRASH, self.options))
+            return 1
+        if "late" in hit:
+            self._do_late(name, checked, hit["late"]["seconds"])
+            raise Drop
+        answer = _failure(_planned(hit["error"])) if "error" in hit else self._do(name, checked)
+        if "lost_reply" in hit:
+            raise Drop
+        if "no_answer" in hit:
+            return 0
+        if "error_after" in hit:
+            answer = _failure(_planned(hit["error_after"]))
+        return self._print(answer, cut="cut_answer" in hit)
+
+    def _do(self, name: str, data: contract.Data) -> dict[str, object]:
+        value: dict[str, object] = {}
+        try:
+            with_state(self.vmms, lambda state: value.update(scripts.ACTS[name](self.vmms, state, data)))
+            if name == "shutdown":
+                scripts.wait_for_off(self.vmms, data, value)
+        except HostError as error:
+            return _failure(error)
+        return {"ok": True, "value": value}
+
+    def _do_late(self, name: str, data: contract.Data, seconds: float) -> None:
+        def act(state: State) -> None:
+            state["later"].append(Late(script=name, data=data, due=time.time() + seconds))
+
+        with_state(self.vmms, act)
+
+    def _print(self, answer: dict[str, object], *, cut: bool = False) -> int:
+        if self.options["banner"]:
+            _write(2, shell.encoded(shell.NOISE, self.options))
+        said = shell.framed(answer, self.options)
+        _write(1, said[: len(said) // 2] if cut else said)
+        return 0
+
+
+def _planned(fault: faults.Fault) -> HostError:
+    type_, hresult = fault.get("type", "System.Exception"), fault.get("hresult", OPERATION_FAILED)
+    return HostError(type_, hresult, fault.get("id", ""), fault.get("message", "Fehler"))
+
+
+def _failure(error: HostError) -> dict[str, object]:
+    return {"ok": False, "type": error.type, "message": error.message, "hresult": error.hresult, "id": error.id}
+
+
+def _read_all() -> bytes:
+    raw = b""
+    while piece := os.read(0, 1 << 16):
+        raw += piece
+    return raw
+
+
+def _write(file: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(file, data) :]
+
+
+def wait_for_hangup() -> NoReturn:
+    """Says nothing until the client goes: its end of stdin is long closed, so its end of stdout is watched."""
+    import select
+
+    watched = select.poll()
+    watched.register(1, select.POLLERR | select.POLLHUP)
+    watched.poll()
+    raise BrokenPipeError
+
+
+def kill_connection(store: Store) -> None:
+    """SIGKILL for the sshd process that serves this session: the client sees its connection break, as when a network fails.
+
+    Only one that our own listener started; a persona run by hand may well have somebody's login as its ancestor.
+    """
+    listener = pids.noted(store.path("sshd", "run", "sshd.pid"))
+    line = pids.ancestors(os.getpid())
+    if listener in line:
+        pids.kill(line[line.index(listener) - 1])
+        pids.kill(line[1])  # with privilege separation the network is held by the nearer one
+
+
+def main(folder: str) -> NoReturn:
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a write to nobody is an OSError, so that clean-up still happens
+    line = os.environb.get(b"SSH_ORIGINAL_COMMAND", b"").decode("utf-8", "surrogateescape")
+    store = Store(Path(folder))
+
+    def own_fault(_kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        """A defect of the persona, or of the backend, is no answer of a Windows: whoever runs the test must see it."""
+        import traceback
+
+        text = "".join(traceback.format_tb(trace))[-2000:]
+        store.append("violations", {"command": line[:200], "why": f"the persona itself failed: {error!r}\n{text}"})
+        with contextlib.suppress(OSError):
+            os.write(2, f"{error!r}\n".encode("utf-8", "surrogateescape"))
+
+    sys.excepthook = own_fault
+    code = Persona(Path(folder)).answer_line(line)
+    os._exit(code)
