@@ -12,6 +12,7 @@ from tokvm.app.targets import spec_of
 from tokvm.core.errors import Blocked, DomainError, TargetError
 from tokvm.core.machine import Finding, Severity, VirtualMachine
 from tokvm.domain.host import LibvirtHost
+from tokvm.remote.recording import Recorder
 from tokvm.sources.base import MachineSummary, Source
 from tokvm.targets.probe import probe_target
 
@@ -41,9 +42,9 @@ class CheckReport:
 
 
 @contextmanager
-def reached(url: str, ssh: SshOptions, note: Note) -> Iterator[Source]:
+def reached(url: str, ssh: SshOptions, note: Note, recorder: Recorder | None = None) -> Iterator[Source]:
     """An open source; the host key's fingerprint is told when a new key was learnt."""
-    source = open_source(url, ssh)
+    source = open_source(url, ssh, recorder)
     try:
         if ssh.accept_new_host_key:
             fingerprint = getattr(source, "fingerprint", None)
@@ -54,14 +55,14 @@ def reached(url: str, ssh: SshOptions, note: Note) -> Iterator[Source]:
         source.close()
 
 
-def list_machines(url: str, ssh: SshOptions, note: Note) -> list[MachineSummary]:
-    with reached(url, ssh, note) as source:
+def list_machines(url: str, ssh: SshOptions, note: Note, recorder: Recorder | None = None) -> list[MachineSummary]:
+    with reached(url, ssh, note, recorder) as source:
         return sorted(source.list_machines(), key=lambda machine: (machine.name, machine.uuid))
 
 
-def check(url: str, name: str, request: Request, note: Note) -> CheckReport:
+def check(url: str, name: str, request: Request, note: Note, recorder: Recorder | None = None) -> CheckReport:
     """Everything that can be known before the first byte: the VM's own blockers, the targets, the libvirt."""
-    with reached(url, request.ssh, note) as source:
+    with reached(url, request.ssh, note, recorder) as source:
         vm = source.inspect(source.find(name))
         findings = list(source.check(vm))
         plan = new_plan(source.url, vm, request) if request.to else None

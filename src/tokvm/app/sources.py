@@ -1,6 +1,7 @@
 """From a source's URL to a Source.
 
 xenserver://[user@]host[:port]      dom0 over SSH (root when no user is given); XCP-ng too
+hyperv://[user@]host[:port]         a Hyper-V host over Win32-OpenSSH (Administrator when no user is given)
 files:BASE[,CHILD…]                 image files that are already here, base first
 """
 
@@ -10,39 +11,51 @@ from collections.abc import Callable
 
 from tokvm.app.plan import SshOptions
 from tokvm.core.errors import UsageError
+from tokvm.remote.recorded import RecordedHost
+from tokvm.remote.recording import Recorder
 from tokvm.remote.ssh import SshConfig, SshHost
 from tokvm.sources.base import Source
 from tokvm.sources.files.source import FilesSource
+from tokvm.sources.hyperv.source import DEFAULT_USER, HyperVSource
 from tokvm.sources.xenserver.source import XenServerSource
 
 
-def _xenserver(rest: str, ssh: SshOptions) -> Source:
-    where = rest.removeprefix("//").rstrip("/")
-    return XenServerSource(SshHost(ssh_config(where, ssh)))
+def _xenserver(rest: str, ssh: SshOptions, recorder: Recorder | None) -> Source:
+    return XenServerSource(_ssh_host(rest, ssh, recorder))
 
 
-def _files(rest: str, _ssh: SshOptions) -> Source:
+def _hyperv(rest: str, ssh: SshOptions, recorder: Recorder | None) -> Source:
+    return HyperVSource(_ssh_host(rest, ssh, recorder, user=DEFAULT_USER))
+
+
+def _files(rest: str, _ssh: SshOptions, _recorder: Recorder | None) -> Source:
     return FilesSource.from_paths(rest.split(","))
 
 
-SOURCES: dict[str, Callable[[str, SshOptions], Source]] = {"xenserver": _xenserver, "xcpng": _xenserver, "files": _files}
+Opener = Callable[[str, SshOptions, Recorder | None], Source]
+SOURCES: dict[str, Opener] = {"xenserver": _xenserver, "xcpng": _xenserver, "hyperv": _hyperv, "files": _files}
 
 
-def open_source(url: str, ssh: SshOptions) -> Source:
-    """The source behind `url`. UsageError for a URL nobody here understands."""
+def open_source(url: str, ssh: SshOptions, recorder: Recorder | None = None) -> Source:
+    """The source behind `url`. UsageError for a URL nobody here understands. recorder: writes down what is sent to a host."""
     scheme, sign, rest = url.partition(":")
     if not sign or scheme not in SOURCES:
         raise UsageError(
             f"{url!r} is no source tokvm knows",
-            fix="write xenserver://root@HOST, or files:BASE.vhd,CHILD.vhd",
+            fix="write xenserver://root@HOST, hyperv://Administrator@HOST, or files:BASE.vhd,CHILD.vhd",
         )
-    return SOURCES[scheme](rest, ssh)
+    return SOURCES[scheme](rest, ssh, recorder)
 
 
-def ssh_config(where: str, ssh: SshOptions) -> SshConfig:
-    """The connection to `[user@]host[:port]`; root when the URL names nobody."""
+def _ssh_host(rest: str, ssh: SshOptions, recorder: Recorder | None, *, user: str = "root") -> SshHost:
+    config = ssh_config(rest.removeprefix("//").rstrip("/"), ssh, user=user)
+    return SshHost(config) if recorder is None else RecordedHost(config, recorder)
+
+
+def ssh_config(where: str, ssh: SshOptions, *, user: str = "root") -> SshConfig:
+    """The connection to `[user@]host[:port]`; `user` when the URL names nobody."""
     if "@" not in where:
-        where = f"root@{where}"
+        where = f"{user}@{where}"
     return SshConfig.parse(
         where,
         identity=ssh.identity,

@@ -27,6 +27,7 @@ from tokvm.migration.phases import Phase
 from tokvm.migration.records import MigrationRecord
 from tokvm.migration.reports import CutoverReport, StatusReport, SyncReport
 from tokvm.migration.runner import Migration, status_of
+from tokvm.remote.recording import Recorder
 from tokvm.sources.base import Source
 from tokvm.targets.open import open_target
 from tokvm.transfer.checkpoint import PassLimits
@@ -43,19 +44,20 @@ class Rehearsal:
 
 
 class Workshop:
-    """One state directory, open."""
+    """One state directory, open. recorder: writes down what is sent to sources."""
 
-    def __init__(self, state_dir: Path, journal: Journal, observer: Observer) -> None:
+    def __init__(self, state_dir: Path, journal: Journal, observer: Observer, recorder: Recorder | None = None) -> None:
         self.state_dir = state_dir
         self.journal = journal
         self.observer = observer
+        self.recorder = recorder
 
     @classmethod
     @contextmanager
-    def open(cls, state_dir: Path | None, observer: Observer) -> Iterator[Self]:
+    def open(cls, state_dir: Path | None, observer: Observer, recorder: Recorder | None = None) -> Iterator[Self]:
         path = prepare_state_dir(state_dir or default_state_dir())
         with Journal.open(path) as journal:
-            yield cls(path, journal, observer)
+            yield cls(path, journal, observer, recorder)
 
     def statuses(self) -> list[StatusReport]:
         return [status_of(self.journal, record) for record in self.journal.migrations()]
@@ -65,7 +67,7 @@ class Workshop:
 
     def rehearse(self, url: str, name: str, request: Request) -> Rehearsal:
         """Everything `begin` and `sync` would check and do, without doing it."""
-        with reached(url, request.ssh, self.observer.note) as source:
+        with reached(url, request.ssh, self.observer.note, self.recorder) as source:
             vm = source.inspect(source.find(name))
             known = self.journal.open_for(source.url, vm.uuid)
             plan = _plan_of(known, request) if known else new_plan(source.url, vm, request)
@@ -78,7 +80,7 @@ class Workshop:
     @contextmanager
     def begin(self, url: str, name: str, request: Request) -> Iterator[Job]:
         """The VM's open migration, or a new one when nothing is in its way (Blocked lists what is)."""
-        with reached(url, request.ssh, self.observer.note) as source:
+        with reached(url, request.ssh, self.observer.note, self.recorder) as source:
             uuid = source.find(name)
             record = self.journal.open_for(source.url, uuid)
             if record is None:
@@ -97,7 +99,7 @@ class Workshop:
         """A migration that was begun, by its id, the VM's name or uuid."""
         record = self.journal.find(name)
         plan = Plan.from_json(record.plan)
-        with reached(plan.source, plan.ssh, self.observer.note) as source:
+        with reached(plan.source, plan.ssh, self.observer.note, self.recorder) as source:
             yield from self._job(record, plan, source)
 
     def _refuse_blocked(self, vm: VirtualMachine, plan: Plan, source: Source) -> None:

@@ -20,12 +20,14 @@ def cutover(
     json: options.Json = False,
     events: options.Events = False,
     dry_run: options.DryRun = False,
+    record: options.Record = None,
     verbose: options.Verbose = 0,
 ) -> None:
     """Stop the VM, copy the last delta, start it on KVM. Whatever fails before the start rolls back: the source runs again."""
     with (
         options.running(json=json, events=events, verbose=verbose) as reporter,
-        Workshop.open(state_dir, reporter) as shop,
+        options.recording(record, "cutover") as recorder,
+        Workshop.open(state_dir, reporter, recorder) as shop,
         shop.resume(name) as job,
     ):
         budget_s, deadline_s, proof_s = options.duration(budget), options.seconds(deadline), options.seconds(proof)

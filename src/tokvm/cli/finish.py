@@ -14,12 +14,14 @@ def finish(
     json: options.Json = False,
     events: options.Events = False,
     dry_run: options.DryRun = False,
+    record: options.Record = None,
     verbose: options.Verbose = 0,
 ) -> None:
     """Remove our snapshots from the source. After a cutover the old copy stays off and fenced, so that nobody starts it."""
     with (
         options.running(json=json, events=events, verbose=verbose) as reporter,
-        Workshop.open(state_dir, reporter) as shop,
+        options.recording(record, "finish") as recorder,
+        Workshop.open(state_dir, reporter, recorder) as shop,
         shop.resume(name) as job,
     ):
         if dry_run:

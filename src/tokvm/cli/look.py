@@ -22,12 +22,13 @@ def ls(
     known_hosts: options.KnownHosts = None,
     accept_new_host_key: options.AcceptKey = False,
     silence: options.Silence = "30s",
+    record: options.Record = None,
     verbose: options.Verbose = 0,
 ) -> None:
     """The VMs of a source."""
-    with options.running(json=json, verbose=verbose) as reporter:
+    with options.running(json=json, verbose=verbose) as reporter, options.recording(record, "ls") as recorder:
         ssh = SshArguments(identity, ssh_config, known_hosts, accept_new_host_key, silence).options()
-        machines = inventory.list_machines(source, ssh, reporter.note)
+        machines = inventory.list_machines(source, ssh, reporter.note, recorder)
         if json:
             print_json([{"uuid": m.uuid, "name": m.name, "power": m.power} for m in machines])
         else:
@@ -50,13 +51,14 @@ def check(
     known_hosts: options.KnownHosts = None,
     accept_new_host_key: options.AcceptKey = False,
     silence: options.Silence = "30s",
+    record: options.Record = None,
     verbose: options.Verbose = 0,
 ) -> None:
     """Can this VM be migrated? Every blocker before the first byte is copied (exit 10 when there is one)."""
-    with options.running(json=json, verbose=verbose) as reporter:
+    with options.running(json=json, verbose=verbose) as reporter, options.recording(record, "check") as recorder:
         ssh = SshArguments(identity, ssh_config, known_hosts, accept_new_host_key, silence)
         target = TargetArguments(to or [], overwrite or [], network or [], libvirt, domain, machine, bus)
-        report = inventory.check(source, vm, target.request(ssh), reporter.note)
+        report = inventory.check(source, vm, target.request(ssh), reporter.note, recorder)
         if json:
             print_json(report.to_dict())
         else:

@@ -31,6 +31,7 @@ def migrate(
     json: options.Json = False,
     events: options.Events = False,
     dry_run: options.DryRun = False,
+    record: options.Record = None,
     identity: options.Identity = None,
     ssh_config: options.SshFile = None,
     known_hosts: options.KnownHosts = None,
@@ -43,7 +44,8 @@ def migrate(
     target = TargetArguments(to or [], overwrite or [], network or [], libvirt, domain, machine, bus, rate_limit)
     with (
         options.running(json=json, events=events, verbose=verbose) as reporter,
-        Workshop.open(state_dir, reporter) as shop,
+        options.recording(record, "migrate") as recorder,
+        Workshop.open(state_dir, reporter, recorder) as shop,
     ):
         request, budget_s = target.request(ssh), options.duration(budget)
         deadline_s, proof_s, sign = options.seconds(deadline), options.seconds(proof), proof_of(probe)

@@ -18,6 +18,8 @@ from tokvm.cli.reporters import Reporter, choose_reporter
 from tokvm.core.errors import TokvmError, UsageError
 from tokvm.core.text import printable
 from tokvm.core.units import parse_duration, parse_size
+from tokvm.remote.recording import Recorder
+from tokvm.remote.recording import recording as transcript
 
 INTERRUPTED = 130
 T = TypeVar("T")
@@ -65,7 +67,11 @@ StateDir = Annotated[
 Name = Annotated[str, typer.Argument(help="The VM's name or uuid, or the migration's id.")]
 VmName = Annotated[str, typer.Argument(help="The VM's name or uuid.", metavar="NAME")]
 SourceUrl = Annotated[
-    str, typer.Argument(help="xenserver://[user@]HOST[:PORT] (or xcpng://…), or files:BASE.vhd[,CHILD.vhd…]", metavar="SOURCE")
+    str,
+    typer.Argument(
+        help="xenserver://[user@]HOST[:PORT] (or xcpng://…), hyperv://[user@]HOST[:PORT], or files:BASE.vhd[,CHILD.vhd…]",
+        metavar="SOURCE",
+    ),
 ]
 To = Annotated[
     list[str] | None,
@@ -136,6 +142,15 @@ Probe = Annotated[
     str | None,
     typer.Option("--probe", help="A sign of life besides the guest agent's: tcp:HOST:PORT answers.", show_default=False),
 ]
+Record = Annotated[
+    Path | None,
+    typer.Option(
+        "--record",
+        help="Write what is sent to the source, and its answers, to a new file in this directory; secrets are left out.",
+        metavar="DIR",
+        show_default=False,
+    ),
+]
 Proof = Annotated[str, typer.Option("--proof", help="How long the target may take to show life.", metavar="DURATION")]
 
 
@@ -180,3 +195,10 @@ def running(*, json: bool = False, events: bool = False, verbose: int = 0) -> It
         raise typer.Exit(INTERRUPTED) from stop
     finally:
         reporter.close()
+
+
+@contextmanager
+def recording(folder: Path | None, verb: str) -> Iterator[Recorder | None]:
+    """The transcript that --record asks for; inside of `running`, which tells what is wrong with its directory."""
+    with transcript(folder, verb=verb, typed=["tokvm", *sys.argv[1:]]) as recorder:
+        yield recorder

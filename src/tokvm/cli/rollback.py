@@ -21,12 +21,14 @@ def rollback(
     json: options.Json = False,
     events: options.Events = False,
     dry_run: options.DryRun = False,
+    record: options.Record = None,
     verbose: options.Verbose = 0,
 ) -> None:
     """Take the target away and start the source again. The synced disks stay, so that another cutover needs one delta only."""
     with (
         options.running(json=json, events=events, verbose=verbose) as reporter,
-        Workshop.open(state_dir, reporter) as shop,
+        options.recording(record, "rollback") as recorder,
+        Workshop.open(state_dir, reporter, recorder) as shop,
         shop.resume(name) as job,
     ):
         if dry_run:

@@ -26,6 +26,7 @@ def sync(
     json: options.Json = False,
     events: options.Events = False,
     dry_run: options.DryRun = False,
+    record: options.Record = None,
     identity: options.Identity = None,
     ssh_config: options.SshFile = None,
     known_hosts: options.KnownHosts = None,
@@ -38,7 +39,8 @@ def sync(
     target = TargetArguments(to or [], overwrite or [], network or [], libvirt, domain, machine, bus, rate_limit)
     with (
         options.running(json=json, events=events, verbose=verbose) as reporter,
-        Workshop.open(state_dir, reporter) as shop,
+        options.recording(record, "sync") as recorder,
+        Workshop.open(state_dir, reporter, recorder) as shop,
     ):
         request, budget_s = target.request(ssh), options.duration(budget)
         if dry_run:

@@ -85,7 +85,7 @@ class SftpClient:
         except SourceError:
             self._close_handle(handle)
             raise
-        return SftpFile(self._pipe, name=name, handle=handle, size=size, read_size=self.read_size)
+        return self._file(name=name, handle=handle, size=size)
 
     def stat(self, path: str) -> Attributes:
         """What the server says about a path, symbolic links followed."""
@@ -116,6 +116,9 @@ class SftpClient:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _file(self, *, name: str, handle: bytes, size: int) -> SftpFile:
+        return SftpFile(self._pipe, name=name, handle=handle, size=size, read_size=self.read_size)
 
     def _entries(self, handle: bytes, name: str) -> list[DirectoryEntry]:
         reply = self._pipe.ask(lambda n: request(Kind.READDIR, n, string(handle)))

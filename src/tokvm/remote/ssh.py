@@ -60,11 +60,8 @@ class SshHost:
         RemoteCommandError when it ends with something else than 0 (unless `check` is False). ConnectionLost when its end is
         not known, at the deadline or because the connection broke: it may have run, may still run, or never have begun.
         """
-        argv = self._argv(f"ControlPath={self._control.path()}")
         try:
-            done = process.run(
-                [*argv, *self._command(command)], input=input, timeout_s=timeout_s, where=self.where, env=ENVIRONMENT
-            )
+            done = self._complete(command, input=input, timeout_s=timeout_s)
         except process.ProgramTimeout as exc:
             raise ConnectionLost(
                 f"`{readable(command)}` did not end within {timeout_s:g} s",
@@ -82,15 +79,13 @@ class SshHost:
 
         deadline_s: instead of the configured progress deadline. first_byte_s: how long the first byte may take, if longer.
         """
-        argv = [*self._argv("ControlPath=none"), *self._command(command)]
-        child = process.start(argv, where=self.where, env=ENVIRONMENT)
+        child = self._data_connection(self._command(command))
         deadline_s = deadline_s or self.config.progress_deadline_s
         return RemoteStream(child, self.config, command, deadline_s=deadline_s, first_byte_s=first_byte_s)
 
     def sftp(self, *, deadline_s: float | None = None) -> SftpClient:
         """A reader of the host's files, on a data connection of its own."""
-        argv = [*self._argv("ControlPath=none"), "-s", "--", self.config.host, "sftp"]
-        child = process.start(argv, where=self.where, stdin=process.Stdin.PIPE, env=ENVIRONMENT)
+        child = self._data_connection(self._sftp_arguments(), stdin=process.Stdin.PIPE)
         return SftpClient(child, self.config, deadline_s=deadline_s or self.config.progress_deadline_s)
 
     def fingerprint(self) -> str:
@@ -102,6 +97,20 @@ class SshHost:
     def close(self) -> None:
         """Hang up. Streams and sftp clients are their owners' to close."""
         self._control.close()
+
+    def _complete(self, command: str, *, input: bytes | None, timeout_s: float) -> Completed:  # noqa: A002
+        """One command over the control connection, however it ends."""
+        argv = [*self._argv(f"ControlPath={self._control.path()}"), *self._command(command)]
+        return process.run(argv, input=input, timeout_s=timeout_s, where=self.where, env=ENVIRONMENT)
+
+    def _data_connection(
+        self, arguments: Sequence[process.Argument], *, stdin: process.Stdin = process.Stdin.NULL
+    ) -> process.Child:
+        argv = [*self._argv("ControlPath=none"), *arguments]
+        return process.start(argv, where=self.where, stdin=stdin, env=ENVIRONMENT)
+
+    def _sftp_arguments(self) -> list[process.Argument]:
+        return ["-s", "--", self.config.host, "sftp"]
 
     def _argv(self, control_path: str) -> list[str]:
         return ["ssh", "-T", "-o", "ControlMaster=no", "-o", control_path, *self.config.arguments()]
