@@ -73,6 +73,7 @@ def test_layers_in_order_one_after_the_other(disk: Disk, tokvm: Run, tmp_path: P
     assert tokvm("image", "compare", *disk.names, "--to", target).returncode == 0
 
 
+@pytest.mark.slow
 def test_two_layers_at_once(disk: Disk, tokvm: Run, tmp_path: Path) -> None:
     target = tmp_path / "disk.raw"
     assert tokvm("image", "convert", *disk.names[:2], "--to", target).returncode == 0
@@ -102,6 +103,7 @@ def test_a_layer_that_does_not_belong_there_is_refused(
     assert target.read_bytes() == before == disk.contents[first[-1]]
 
 
+@pytest.mark.slow
 def test_the_layer_applied_last_is_refused_as_a_repeat(disk: Disk, tokvm: Run, tmp_path: Path) -> None:
     target = tmp_path / "disk.raw"
     assert tokvm("image", "convert", disk.names[0], "--to", target).returncode == 0
@@ -120,6 +122,7 @@ def test_forced_linkage_names_both_ids_and_goes_on(disk: Disk, tokvm: Run, tmp_p
     assert "00000000-0000-0000-0000-000000000001" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_target_that_nobody_noted_is_refused(disk: Disk, tokvm: Run, tmp_path: Path) -> None:
     target = tmp_path / "disk.raw"
     target.write_bytes(disk.contents[0])
@@ -133,6 +136,7 @@ def test_a_target_that_nobody_noted_is_refused(disk: Disk, tokvm: Run, tmp_path:
     assert apply(tokvm, target, disk.names[2]).returncode == 0  # from now on it is known
 
 
+@pytest.mark.slow
 def test_another_file_under_the_same_name_is_not_taken_for_the_target(disk: Disk, tokvm: Run, tmp_path: Path) -> None:
     target = tmp_path / "disk.raw"
     assert tokvm("image", "convert", disk.names[0], "--to", target).returncode == 0
@@ -143,6 +147,7 @@ def test_another_file_under_the_same_name_is_not_taken_for_the_target(disk: Disk
     assert target.read_bytes() == disk.contents[3]
 
 
+@pytest.mark.slow
 def test_a_layer_of_a_disk_that_grew_grows_the_target_with_zeros(disk: Disk, tokvm: Run, tmp_path: Path) -> None:
     target = tmp_path / "disk.raw"
     grown = disk.add(9, size=SIZE + 3 * MiB)
@@ -151,6 +156,7 @@ def test_a_layer_of_a_disk_that_grew_grows_the_target_with_zeros(disk: Disk, tok
     assert target.read_bytes() == disk.contents[-1]
 
 
+@pytest.mark.slow
 def test_a_damaged_note_is_refused(disk: Disk, tokvm: Run, tmp_path: Path) -> None:
     target = tmp_path / "disk.raw"
     assert tokvm("image", "convert", disk.names[0], "--to", target).returncode == 0
@@ -161,6 +167,7 @@ def test_a_damaged_note_is_refused(disk: Disk, tokvm: Run, tmp_path: Path) -> No
     assert "convert the whole chain anew" in done.stderr
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_the_same_command_goes_on_and_another_is_refused(disk: Disk, tokvm: Run, tmp_path: Path) -> None:
     """SIGKILL as soon as the note says that the layer is being applied."""
     target = tmp_path / "disk.raw"

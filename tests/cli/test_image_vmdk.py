@@ -46,6 +46,7 @@ def running(tmp_path: Path) -> tuple[list[Path], list[bytes]]:
     return names, contents
 
 
+@pytest.mark.slow
 def test_the_chain_of_a_running_vm(running: tuple[list[Path], list[bytes]], tokvm: Run, tmp_path: Path) -> None:
     names, contents = running
     target = tmp_path / "disk.raw"
@@ -77,6 +78,7 @@ def test_equal_cids_do_not_hide_a_skipped_a_swapped_or_a_repeated_layer(
         assert "applied already" in repeated.stderr
 
 
+@pytest.mark.slow
 def test_listed_extents_are_no_layers_of_their_own(running: tuple[list[Path], list[bytes]], tokvm: Run, tmp_path: Path) -> None:
     names, contents = running
     elsewhere = tmp_path / "elsewhere"
@@ -91,6 +93,7 @@ def test_listed_extents_are_no_layers_of_their_own(running: tuple[list[Path], li
     assert target.read_bytes() == contents[2]
 
 
+@pytest.mark.slow
 def test_a_bare_layer_needs_force(running: tuple[list[Path], list[bytes]], tokvm: Run, tmp_path: Path) -> None:
     names, contents = running
     target, bare = tmp_path / "disk.raw", tmp_path / "web-000001-sesparse.vmdk"
