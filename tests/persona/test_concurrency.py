@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 
+from tokvm.testing.persona.store import new_uuid
 from tokvm.testing.xenserver.host import Answer, XenHost
-from tokvm.testing.xenserver.state import new_uuid
 
 
 def test_of_many_claims_one_wins(host: XenHost) -> None:
