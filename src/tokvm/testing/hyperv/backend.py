@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol, cast
 
+from tokvm.testing.persona.store import replace
 from tokvm.testing.xenserver.backend import copy_sparse
-from tokvm.testing.xenserver.state import replace
 
 MiB = 1 << 20
 FILE_BACKEND = "tokvm.testing.hyperv.backend:FileBackend"

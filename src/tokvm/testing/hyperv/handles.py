@@ -14,7 +14,8 @@ from typing import TypedDict
 
 from tokvm.testing import pids
 from tokvm.testing.hyperv.paths import key
-from tokvm.testing.hyperv.state import OFF, State, Store, chain, replace
+from tokvm.testing.hyperv.state import OFF, State, Store, chain
+from tokvm.testing.persona.store import replace
 
 
 class Holder(TypedDict):

@@ -12,27 +12,21 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-import os
-import shlex
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Unpack, cast
 
-import tokvm
 from tokvm.testing.hyperv import backend as backends
 from tokvm.testing.hyperv import faults, handles, paths, shell, vhds
 from tokvm.testing.hyperv.backend import UNMAPPED, FileBackend
 from tokvm.testing.hyperv.specs import ClusterSpec, DiskSpec, HostOptions, MachineSpec, NicSpec, first_state
-from tokvm.testing.hyperv.state import OFF, RUNNING, STANDARD, Checkpoint, SftpSettings, State, Store, Vm, chain, replace
+from tokvm.testing.hyperv.state import OFF, RUNNING, STANDARD, Checkpoint, SftpSettings, State, Store, Vm, chain
 from tokvm.testing.hyperv.vmms import Vmms, with_state
-from tokvm.testing.sshd import Lifetime, Sshd
+from tokvm.testing.persona.host import PlayedHost, Record
+from tokvm.testing.persona.store import replace
+from tokvm.testing.sshd import Lifetime
 
 __all__ = ["Answer", "ClusterSpec", "DiskSpec", "HostOptions", "HyperVHost", "MachineSpec", "NicSpec", "build_host"]
-
-Record = dict[str, object]
 
 
 class Answer(NamedTuple):
@@ -72,8 +66,8 @@ def build_host(
     replace(folder / "sftp.json", json.dumps(settings))
     state = first_state(machines, options)
     store.write(state)
-    _write_launcher(folder, site=options.site)
     host = HyperVHost(folder, lifetime=lifetime)
+    host.write_launcher(site=options.site)
     if options.backend == backends.FILE_BACKEND:
         _make_guests(host.guests, machines, list(state["vms"].values()))
         host.write_files()
@@ -83,43 +77,18 @@ def build_host(
     return host
 
 
-class HyperVHost:
+class HyperVHost(PlayedHost):
     """A host in a folder. Machines are named by their name, or by their id where names are not unique."""
 
-    def __init__(self, folder: Path, *, lifetime: Lifetime = Lifetime.WITH_US) -> None:
-        self.folder = folder.absolute()
-        self.store = Store(self.folder)
-        self._lifetime = lifetime
-        self._sshd: Sshd | None = None
-
-    # Reaching it
-
-    @property
-    def launcher(self) -> Path:
-        """The program to give as a forced command."""
-        return self.folder / "hyperv-persona"
-
-    @property
-    def sshd(self) -> Sshd:
-        """Its real sshd, running; `user`, `port`, `config_file`, `netloc` lead to it."""
-        if self._sshd is None:
-            self._sshd = self._sshd_of()
-        return self._sshd.start(self._lifetime)
-
-    def _sshd_of(self) -> Sshd:
-        return Sshd(self.folder / "sshd", forced_command=[str(self.launcher)], sftp=shell.SUBSYSTEM)
-
-    @property
-    def url(self) -> str:
-        """`hyperv://user@127.0.0.1:port`"""
-        return f"hyperv://{self.sshd.netloc}"
+    scheme = "hyperv"
+    persona = "tokvm.testing.hyperv.persona"
+    launcher_name = "hyperv-persona"
+    subsystem = shell.SUBSYSTEM
+    store: Store
 
     def run(self, line: str, stdin: bytes = b"", *, timeout_s: float = 30.0) -> Answer:
         """A command line without SSH in between."""
-        environment = {**os.environ, "SSH_ORIGINAL_COMMAND": line}
-        done = subprocess.run(
-            [str(self.launcher)], env=environment, input=stdin, capture_output=True, timeout=timeout_s, check=False
-        )
+        done = self.execute(line, stdin, timeout_s=timeout_s)
         return Answer(done.returncode, done.stdout, done.stderr)
 
     def ask(self, script: str, data: Mapping[str, object]) -> Answer:
@@ -127,16 +96,6 @@ class HyperVHost:
         from tokvm.sources.hyperv import powershell
 
         return self.run(powershell.COMMAND, powershell.request(powershell.script_text(script), dict(data)))
-
-    def close(self) -> None:
-        """Stop sshd. The folder stays."""
-        (self._sshd or self._sshd_of()).stop()
-
-    def __enter__(self) -> HyperVHost:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
     # Looking at it
 
@@ -189,14 +148,6 @@ class HyperVHost:
 
     def events(self) -> list[Record]:
         return self._log("events.log")
-
-    def violations(self) -> list[Record]:
-        """What no row of the contract allows. Any at all is a bug in who sent it."""
-        return self._log("violations")
-
-    def commands(self) -> list[str]:
-        """The name of every script that was run, in the order of arrival; of a refused one its command line."""
-        return [str(row["command"]) for row in self._log("commands.log") if "command" in row]
 
     def opened(self) -> list[tuple[str, bool]]:
         """(Windows path, refused) of each file that sftp was asked for."""
@@ -332,25 +283,18 @@ class HyperVHost:
 
     def fault(self, script: str, kind: str, **more: Unpack[faults.Settings]) -> None:
         """Plan a fault for the next run of `script` ("": any); kinds and settings: faults.py."""
-        faults.add(self.store, script, kind, more)
+        faults.PLAN.add(self.store, {**more, "match": script, "kind": kind})
 
     def faults_left(self) -> list[faults.Fault]:
-        return faults.left(self.store)
+        return faults.PLAN.left(self.store)
 
     def clear_faults(self) -> None:
-        faults.clear(self.store)
+        faults.PLAN.clear(self.store)
 
     @property
     def _vmms(self) -> Vmms:
         dotted = self.store.read()["options"]["backend"]
         return Vmms(self.store, backends.load(dotted, self.folder / "backend"))
-
-    def _log(self, name: str) -> list[Record]:
-        try:
-            lines = (self.folder / name).read_text(encoding="ascii").splitlines()
-        except FileNotFoundError:
-            return []
-        return [json.loads(line) for line in lines]
 
 
 def _vm_named(state: State, name: str) -> Vm:
@@ -364,13 +308,3 @@ def _make_guests(guests: FileBackend, machines: Sequence[MachineSpec], vms: Sequ
     for spec, vm in zip(machines, vms, strict=True):
         guest: Record = {"shutdown_s": spec.shutdown_s, "ignores_shutdown": spec.ignores_shutdown}
         guests.create(vm["id"], [disk.size for disk in spec.disks], guest)
-
-
-def _write_launcher(folder: Path, *, site: bool) -> None:
-    """A script that starts the persona with as little of Python as it needs."""
-    source = str(Path(tokvm.__file__).parents[1])
-    code = f"import sys; sys.path.insert(0, {source!r}); from tokvm.testing.hyperv.persona import main; main({str(folder)!r})"
-    flags = ["-s"] if site else ["-I", "-S"]
-    path = folder / "hyperv-persona"
-    path.write_text(f"#!/bin/sh\nexec {shlex.join([sys.executable, *flags, '-c', code])}\n")
-    path.chmod(0o755)

@@ -18,11 +18,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
-from tokvm.testing import pids
 from tokvm.testing.hyperv import backend, contract, faults, scripts, shell
 from tokvm.testing.hyperv.errors import OPERATION_FAILED, HostError, NotInContract
 from tokvm.testing.hyperv.state import Late, State, Store
 from tokvm.testing.hyperv.vmms import Vmms, with_state
+from tokvm.testing.persona.connection import kill_connection, wait_for_hangup
 
 DROPPED = 255  # what ssh itself says of a connection that broke
 NOBODY = 141
@@ -67,11 +67,11 @@ class Persona:
             return self._print(_failure(error))
         self.store.append("commands.log", {"pid": os.getpid(), "command": name, "data": text})
         checked = contract.check(name, data)
-        hit = faults.take(self.store, name)
+        hit = {fault["kind"]: fault for fault in faults.PLAN.take(self.store, lambda match: match in ("", name))}
         if "wait" in hit:
             time.sleep(hit["wait"]["seconds"])
         if "hang" in hit:
-            wait_for_hangup()
+            wait_for_hangup(1)
         if "drop" in hit:
             raise Drop
         if "crash" in hit:
@@ -132,28 +132,6 @@ def _read_all() -> bytes:
 def _write(file: int, data: bytes) -> None:
     while data:
         data = data[os.write(file, data) :]
-
-
-def wait_for_hangup() -> NoReturn:
-    """Says nothing until the client goes: its end of stdin is long closed, so its end of stdout is watched."""
-    import select
-
-    watched = select.poll()
-    watched.register(1, select.POLLERR | select.POLLHUP)
-    watched.poll()
-    raise BrokenPipeError
-
-
-def kill_connection(store: Store) -> None:
-    """SIGKILL for the sshd process that serves this session: the client sees its connection break, as when a network fails.
-
-    Only one that our own listener started; a persona run by hand may well have somebody's login as its ancestor.
-    """
-    listener = pids.noted(store.path("sshd", "run", "sshd.pid"))
-    line = pids.ancestors(os.getpid())
-    if listener in line:
-        pids.kill(line[line.index(listener) - 1])
-        pids.kill(line[1])  # with privilege separation the network is held by the nearer one
 
 
 def main(folder: str) -> NoReturn:

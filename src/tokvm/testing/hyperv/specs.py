@@ -6,19 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tokvm.testing.hyperv.backend import FILE_BACKEND
-from tokvm.testing.hyperv.state import (
-    DYNAMIC,
-    FIXED,
-    OFF,
-    Drive,
-    Nic,
-    Options,
-    Role,
-    State,
-    Vhd,
-    Vm,
-    new_uuid,
-)
+from tokvm.testing.hyperv.state import DYNAMIC, FIXED, OFF, Drive, Nic, Options, Role, State, Vhd, Vm
+from tokvm.testing.persona.store import new_uuid
 
 MiB = 1 << 20
 BLOCK = 2 * MiB

@@ -12,16 +12,10 @@ Plain dicts, because every single command loads this and must answer within mill
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import json
-import os
-import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TypedDict, cast
+from typing import TypedDict
 
-from tokvm.testing.xenserver.state import new_uuid, replace
+from tokvm.testing.persona.store import Store as FolderStore
+from tokvm.testing.persona.store import new_uuid, replace
 
 __all__ = [
     "Checkpoint",
@@ -163,50 +157,7 @@ class State(TypedDict):
     options: Options
 
 
-class Store:
-    """The state directory. `read` is a snapshot; inside `change` the state is ours alone and written at the end."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def path(self, *parts: str) -> Path:
-        return self.folder.joinpath(*parts)
-
-    def read(self) -> State:
-        with self.path("state.json").open(encoding="ascii") as file:
-            return cast("State", json.load(file))
-
-    @contextlib.contextmanager
-    def change(self) -> Iterator[State]:
-        """The state, locked; written back unless the body raises or changed nothing (a rename over a file costs 10 ms)."""
-        with self.locked():
-            text = self.path("state.json").read_text(encoding="ascii")
-            state = cast("State", json.loads(text))
-            yield state
-            if json.dumps(state) != text:
-                self.write(state)
-
-    @contextlib.contextmanager
-    def locked(self, name: str = "lock") -> Iterator[None]:
-        lock = os.open(self.path(name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(lock)
-
-    def write(self, state: State) -> None:
-        """Only under `locked`."""
-        replace(self.path("state.json"), json.dumps(state))
-
-    def append(self, name: str, record: dict[str, object]) -> None:
-        """One JSON line, written at once, so that concurrent commands never mix theirs."""
-        line = json.dumps({"time": time.time(), **record}) + "\n"
-        file = os.open(self.path(name), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(file, line.encode())
-        finally:
-            os.close(file)
+Store = FolderStore[State]
 
 
 class SftpSettings(TypedDict):

@@ -13,7 +13,8 @@ from uuid import UUID
 from tokvm.core.units import MiB, round_up
 from tokvm.testing.hyperv import paths
 from tokvm.testing.hyperv.backend import DATA, UNMAPPED, ZERO, Backend, Change
-from tokvm.testing.hyperv.state import DIFFERENCING, FIXED, State, Store, Vhd, guid, new_uuid
+from tokvm.testing.hyperv.state import DIFFERENCING, FIXED, State, Store, Vhd, guid
+from tokvm.testing.persona.store import new_uuid
 from tokvm.testing.vhdx_structs import (
     HEADER_OFFSETS,
     HEADER_SIZE,

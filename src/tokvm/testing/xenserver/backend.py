@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Protocol, cast
 
-from tokvm.testing.xenserver.state import replace
+from tokvm.testing.persona.store import replace
 
 MiB = 1 << 20
 PIECE = 4096  # granularity at which two states of a disk are compared

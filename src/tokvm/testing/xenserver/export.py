@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import time
 import uuid
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tokvm.testing import pids
+from tokvm.testing.persona.connection import wait_for_hangup
 from tokvm.testing.xenserver import streams
 from tokvm.testing.xenserver.errors import XeError, api_error
 from tokvm.testing.xenserver.faults import Fault
@@ -179,11 +179,3 @@ def _patched(file: int, start: int, stop: int, patches: dict[int, bytes]) -> byt
             changed = changed if changed is not None else bytearray(data)
             changed[low - start : high - start] = patch[low - offset : high - offset]
     return data if changed is None else bytes(changed)
-
-
-def wait_for_hangup(out: int) -> None:
-    """Do nothing, visibly nothing, until nobody listens any more."""
-    poller = select.poll()
-    poller.register(out, 0)  # POLLERR and POLLHUP come unasked
-    poller.poll()
-    raise BrokenPipeError

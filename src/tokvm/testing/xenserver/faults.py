@@ -1,8 +1,8 @@
-"""What goes wrong, when: STATE_DIR/faults.json, consumed command by command.
+"""What goes wrong, when (`persona.plan`): the kinds of faults of this host.
 
     [{"match": "xe vdi-export", "kind": "stall", "skip": 1, "times": 1, "at": 1048576, …}, …]
 
-`match` is a piece of the command line; the first `skip` matching commands are spared, the next `times` (0: all) are hit.
+`match` is a piece of the command line.
 
 | kind          | what happens                                                                                       |
 |---------------|----------------------------------------------------------------------------------------------------|
@@ -27,19 +27,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import TypedDict
-
-from tokvm.testing.xenserver.state import Store, replace
+from tokvm.testing.persona.plan import FaultPlan, Planned, Spared
 
 EXPORT_KINDS = frozenset({"short", "fail", "cut", "stall", "flip", "slow", "new_identity", "wrong_parent", "full", "http_500"})
 COMMAND_KINDS = frozenset({"refuse", "wait", "lost_reply", "mute", "drop", "hang", "late"})
 
 
-class Settings(TypedDict, total=False):
-    skip: int
-    times: int
+class Settings(Spared, total=False):
     at: int
     seconds: float
     rate: float
@@ -48,63 +42,8 @@ class Settings(TypedDict, total=False):
     hidden: bool
 
 
-class Fault(Settings):
-    match: str
-    kind: str
+class Fault(Settings, Planned):
+    """One of them."""
 
 
-def take(store: Store, line: str) -> list[Fault]:
-    """The faults that hit this command; their counters go down."""
-    path = store.path("faults.json")
-    if not path.exists():
-        return []
-    with store.locked("faults.lock"):
-        plan = _load(path)
-        hit, left = [], []
-        for fault in plan:
-            if fault["match"] not in line:
-                left.append(fault)
-            elif fault.get("skip", 0) > 0:
-                left.append({**fault, "skip": fault["skip"] - 1})
-            else:
-                hit.append(fault)
-                left += _rest(fault)
-        if left != plan:
-            replace(path, json.dumps(left))
-    return hit
-
-
-def _rest(fault: Fault) -> list[Fault]:
-    times = fault.get("times", 1)
-    if times == 0:
-        return [fault]
-    return [{**fault, "times": times - 1}] if times > 1 else []
-
-
-def add(store: Store, match: str, kind: str, settings: Settings) -> None:
-    if kind not in EXPORT_KINDS | COMMAND_KINDS:
-        raise ValueError(f"no fault kind {kind!r}")
-    fault: Fault = {**settings, "match": match, "kind": kind}
-    path = store.path("faults.json")
-    with store.locked("faults.lock"):
-        replace(path, json.dumps([*_load(path), fault]))
-
-
-def left(store: Store) -> list[Fault]:
-    """What was planned and has not happened (yet)."""
-    with store.locked("faults.lock"):
-        return _load(store.path("faults.json"))
-
-
-def clear(store: Store) -> None:
-    with store.locked("faults.lock"):
-        replace(store.path("faults.json"), "[]")
-
-
-def _load(path: Path) -> list[Fault]:
-    try:
-        with path.open(encoding="ascii") as file:
-            plan: list[Fault] = json.load(file)
-            return plan
-    except FileNotFoundError:
-        return []
+PLAN = FaultPlan[Fault](EXPORT_KINDS | COMMAND_KINDS)

@@ -11,18 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple, Unpack
 
-import tokvm
 from tokvm.testing import pids
-from tokvm.testing.sshd import Lifetime, Sshd
+from tokvm.testing.persona.host import PlayedHost, Record
+from tokvm.testing.sshd import Lifetime
 from tokvm.testing.xenserver import backend as backends
 from tokvm.testing.xenserver import faults
 from tokvm.testing.xenserver.power import Power
@@ -31,8 +27,6 @@ from tokvm.testing.xenserver.specs import DiskSpec, HostOptions, MachineSpec, Ni
 from tokvm.testing.xenserver.state import RUNNING, State, Store, Vdi, Vm
 
 __all__ = ["Answer", "DiskSpec", "HostOptions", "MachineSpec", "NicSpec", "XenHost", "build_host"]
-
-Record = dict[str, object]
 
 
 class Answer(NamedTuple):
@@ -59,8 +53,8 @@ def build_host(
     store = Store(folder)
     state = first_state(machines, options)
     store.write(state)
-    _write_launcher(folder, site=options.site)
     host = XenHost(folder, lifetime=lifetime)
+    host.write_launcher(site=options.site)
     if options.backend == backends.FILE_BACKEND:
         _make_files(folder / "backend", machines, real_vms(state))
         for spec in machines:
@@ -69,50 +63,23 @@ def build_host(
     return host
 
 
-class XenHost:
+class XenHost(PlayedHost):
     """A host in a folder. Machines are named by their name-label, or by their uuid where names are not unique."""
 
-    def __init__(self, folder: Path, *, lifetime: Lifetime = Lifetime.WITH_US) -> None:
-        self.folder = folder.absolute()
-        self.store = Store(self.folder)
-        self._lifetime = lifetime
-        self._sshd: Sshd | None = None
-
-    # Reaching it
-
-    @property
-    def launcher(self) -> Path:
-        """The program to give as a forced command."""
-        return self.folder / "xe-persona"
-
-    @property
-    def sshd(self) -> Sshd:
-        """Its real sshd, running; `user`, `port`, `config_file`, `netloc` lead to it."""
-        if self._sshd is None:
-            self._sshd = Sshd(self.folder / "sshd", forced_command=[str(self.launcher)])
-        return self._sshd.start(self._lifetime)
-
-    @property
-    def url(self) -> str:
-        """`xenserver://user@127.0.0.1:port`"""
-        return f"xenserver://{self.sshd.netloc}"
+    scheme = "xenserver"
+    persona = "tokvm.testing.xenserver.persona"
+    launcher_name = "xe-persona"
+    store: Store
 
     def run(self, *words: str, line: str | None = None, timeout_s: float = 30.0) -> Answer:
         """A command without SSH in between: either words, or a whole line as a client would send it."""
-        environment = {**os.environ, "SSH_ORIGINAL_COMMAND": line if line is not None else shlex.join(words)}
-        done = subprocess.run([str(self.launcher)], env=environment, capture_output=True, timeout=timeout_s, check=False)
+        done = self.execute(line if line is not None else shlex.join(words), timeout_s=timeout_s)
         return Answer(done.returncode, done.stdout, done.stderr)
 
     def close(self) -> None:
         """Stop sshd, workers and exports. The folder stays."""
-        Sshd(self.folder / "sshd").stop() if self._sshd is None else self._sshd.stop()
+        super().close()
         pids.kill_noted(self.folder / "run")
-
-    def __enter__(self) -> XenHost:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
     # Looking at it
 
@@ -141,14 +108,6 @@ class XenHost:
         """In the order they were taken."""
         state = self.state()
         return snapshots_of(state, _vm_named(state, name)["uuid"])
-
-    def violations(self) -> list[Record]:
-        """Commands that no row of the contract allows. Any at all is a bug in who sent it."""
-        return self._log("violations")
-
-    def commands(self) -> list[str]:
-        """Every command line, in the order of arrival."""
-        return [str(row["command"]) for row in self._log("commands.log") if "command" in row]
 
     def exports(self) -> list[Record]:
         """Every stream: vdi, base, first (bytes left away by tail), sent, ended (complete, short or broken)."""
@@ -209,26 +168,19 @@ class XenHost:
 
     def fault(self, match: str, kind: str, **more: Unpack[faults.Settings]) -> None:
         """Plan a fault for the next command line that holds `match`; kinds and settings: faults.py."""
-        faults.add(self.store, match, kind, more)
+        faults.PLAN.add(self.store, {**more, "match": match, "kind": kind})
 
     def faults_left(self) -> list[faults.Fault]:
-        return faults.left(self.store)
+        return faults.PLAN.left(self.store)
 
     def clear_faults(self) -> None:
-        faults.clear(self.store)
+        faults.PLAN.clear(self.store)
 
     def _power(self, state: State) -> Power:
         return Power(self.store, backends.load(state["options"]["backend"], self.folder / "backend"))
 
     def _with_power(self, act: Callable[[Power], None]) -> None:
         act(self._power(self.state()))
-
-    def _log(self, name: str) -> list[Record]:
-        try:
-            lines = (self.folder / name).read_text(encoding="ascii").splitlines()
-        except FileNotFoundError:
-            return []
-        return [json.loads(line) for line in lines]
 
 
 def _vm_named(state: State, name: str) -> Vm:
@@ -252,15 +204,3 @@ def _make_files(folder: Path, machines: Sequence[MachineSpec], vms: Sequence[Vm]
         for number, disk in enumerate(spec.disks):
             with (home / f"{number}.raw").open("wb") as file:
                 file.truncate(disk.size)
-
-
-def _write_launcher(folder: Path, *, site: bool) -> None:
-    """A script that starts the persona with as little of Python as it needs (20 ms, not 100)."""
-    source = str(Path(tokvm.__file__).parents[1])
-    code = (
-        f"import sys; sys.path.insert(0, {source!r}); from tokvm.testing.xenserver.persona import main; main({str(folder)!r})"
-    )
-    flags = ["-s"] if site else ["-I", "-S"]
-    path = folder / "xe-persona"
-    path.write_text(f"#!/bin/sh\nexec {shlex.join([sys.executable, *flags, '-c', code])}\n")
-    path.chmod(0o755)

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
-from tokvm.testing import pids
+from tokvm.testing.persona.connection import kill_connection, wait_for_hangup
 from tokvm.testing.xenserver import backend, faults, grammar, power, records, snapshots
 from tokvm.testing.xenserver.errors import NotInContract, XeError, api_error
 from tokvm.testing.xenserver.state import Store
@@ -74,7 +74,7 @@ class Persona:
         self.store.append("commands.log", {"pid": os.getpid(), "command": line})
         code = 1
         try:
-            code = self._with_faults(grammar.parse(line), faults.take(self.store, line))
+            code = self._with_faults(grammar.parse(line), faults.PLAN.take(self.store, lambda match: match in line))
         except XeError as error:
             code = self._refuse(line, error)
         except Drop:
@@ -91,7 +91,7 @@ class Persona:
         if "wait" in kinds:
             time.sleep(kinds["wait"]["seconds"])
         if "hang" in kinds:
-            wait_for_hangup()
+            wait_for_hangup(1)
         if "refuse" in kinds:
             fault = kinds["refuse"]
             raise XeError(fault["text"]) if "text" in fault else api_error(fault["code"], "")
@@ -193,25 +193,6 @@ class Persona:
             if command.name == "vm-param-add" and key in held:
                 raise api_error("MAP_DUPLICATE_KEY", "VM", param, uuid, key)
             held[key] = values["value"]
-
-
-def wait_for_hangup() -> NoReturn:
-    from tokvm.testing.xenserver import export
-
-    export.wait_for_hangup(1)
-    raise BrokenPipeError
-
-
-def kill_connection(store: Store) -> None:
-    """SIGKILL for the sshd process that serves this session: the client sees its connection break, as when a network fails.
-
-    Only one that our own listener started; a persona run by hand may well have somebody's login as its ancestor.
-    """
-    listener = pids.noted(store.path("sshd", "run", "sshd.pid"))
-    line = pids.ancestors(os.getpid())
-    if listener in line:
-        pids.kill(line[line.index(listener) - 1])
-        pids.kill(line[1])  # with privilege separation the network is held by the nearer one
 
 
 def _print(text: str) -> None:

@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable
 
 from tokvm.testing import pids
+from tokvm.testing.persona.store import new_uuid
 from tokvm.testing.xenserver import backend as backends
 from tokvm.testing.xenserver.errors import XeError, api_error, bad_power
 from tokvm.testing.xenserver.records import find_vm, real_vms
-from tokvm.testing.xenserver.state import HALTED, RUNNING, Operation, State, Store, Vm, new_uuid
+from tokvm.testing.xenserver.state import HALTED, RUNNING, Operation, State, Store, Vm
 
 DONE = b"+"  # what a worker says at a good end; saying nothing at all is dying
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 
 from tokvm.testing import pids
+from tokvm.testing.persona.store import new_uuid
 from tokvm.testing.xenserver.errors import NotInContract, api_error, no_such
 from tokvm.testing.xenserver.power import Power
 from tokvm.testing.xenserver.records import find_vdi, find_vm
-from tokvm.testing.xenserver.state import HALTED, State, Store, Vbd, Vdi, Vm, new_uuid
+from tokvm.testing.xenserver.state import HALTED, State, Store, Vbd, Vdi, Vm
 
 DETACH_POLL_S = 0.05
 
