@@ -64,23 +64,25 @@ class ChainReader:
     @property
     def total(self) -> int:
         if self._total is None:
-            self._total = sum(window.bytes_of(ExtentKind.DATA) for window in self.covered())
-        return self._total
+            deque(self.covered(), maxlen=0)
+        return self._total or 0
 
     def covered(self) -> Iterator[ExtentMap]:
-        """The merged maps: those of the first walk, when they were few enough to be kept."""
+        """The merged maps: those of the first walk, when they were few enough to be kept. A walk to the end knows `total`."""
         if self._windows is not None:
             yield from self._windows
             return
         kept: list[ExtentMap] = []
-        rows = 0
+        rows = total = 0
         for window in self._chain.windows():
             rows += len(window)
+            total += window.bytes_of(ExtentKind.DATA)
             if rows <= _KEPT_ROWS:
                 kept.append(window)
             else:
                 kept.clear()
             yield window
+        self._total = total
         if rows <= _KEPT_ROWS:
             self._windows = kept
 

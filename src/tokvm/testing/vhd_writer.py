@@ -70,7 +70,7 @@ def write_vhd(
         if blocks is None:
             runs = list(runs)
             blocks = blocks_of(((offset, len(data)) for offset, data in runs), block_size)
-        pieces = _pieces(_checked(runs, size), block_size)
+        pieces = cut_at_blocks(_checked(runs, size), block_size)
         locators, locator_data = _parent_locators(parent_name if disk_type is DiskType.DIFFERENCING else "")
         header = DynamicHeader(
             FOOTER_SIZE + HEADER_SIZE + len(locator_data), -(-size // block_size), block_size, parent_id or NULL_ID,
@@ -127,7 +127,7 @@ def _checked(runs: Iterable[Run], size: int) -> Iterator[tuple[int, memoryview]]
         yield offset, view
 
 
-def _pieces(runs: Iterable[tuple[int, memoryview]], block_size: int) -> Iterator[tuple[int, int, memoryview]]:
+def cut_at_blocks(runs: Iterable[tuple[int, memoryview]], block_size: int) -> Iterator[tuple[int, int, memoryview]]:
     """(block, offset in it, data): the runs, cut where blocks end."""
     for offset, view in runs:
         done = 0

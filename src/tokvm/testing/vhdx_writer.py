@@ -22,6 +22,7 @@ from typing import BinaryIO, Literal
 from uuid import UUID, uuid5
 
 from tokvm.core.units import MiB, round_up
+from tokvm.testing.vhd_writer import cut_at_blocks
 from tokvm.testing.vhdx_structs import (
     BITMAP_PRESENT,
     BITMAP_SIZE,
@@ -197,7 +198,7 @@ class _Body:
             if not 0 <= block < self.geometry.blocks:
                 raise ValueError(f"there is no block {block}, only {self.geometry.blocks}")
             self.entries[self.geometry.payload_entry(block)] = bat_entry(state, 0)
-        grouped = groupby(_pieces(_checked(runs, self.geometry), self.geometry.block_size), key=lambda piece: piece[0])
+        grouped = groupby(cut_at_blocks(_checked(runs, self.geometry), self.geometry.block_size), key=lambda piece: piece[0])
         stored = ((block, [(inside, view) for _, inside, view in pieces]) for block, pieces in grouped)
         forced = range(self.geometry.blocks) if fixed else sorted(b for b, state in self.states.items() if state in _PRESENT)
         jobs = _with_empty(stored, forced)
@@ -284,17 +285,6 @@ def _checked(runs: Iterable[Run], geometry: Geometry) -> Iterator[tuple[int, mem
             raise ValueError(f"run {offset:#x}+{len(view):#x} is not made of whole sectors")
         end = offset + len(view)
         yield offset, view
-
-
-def _pieces(runs: Iterable[tuple[int, memoryview]], block_size: int) -> Iterator[tuple[int, int, memoryview]]:
-    """(block, offset in it, data): the runs, cut where blocks end."""
-    for offset, view in runs:
-        done = 0
-        while done < len(view):
-            block, inside = divmod(offset + done, block_size)
-            take = min(len(view) - done, block_size - inside)
-            yield block, inside, view[done : done + take]
-            done += take
 
 
 def _with_empty(stored: Iterable[tuple[int, Pieces]], forced: Iterable[int]) -> Iterator[tuple[int, Pieces]]:

@@ -29,6 +29,7 @@ from tokvm.core.units import KiB, MiB
 from tokvm.images.base import WINDOW, ByteStream
 from tokvm.images.buffers import SharedBuffer, page_offset
 from tokvm.images.fields import bad_field
+from tokvm.images.prefixed_stream import PrefixedStream
 from tokvm.images.raw import linear_map
 from tokvm.images.stream_cursor import StreamCursor
 from tokvm.images.vhd.blocks import BlockTable
@@ -37,7 +38,6 @@ from tokvm.images.vhd.structs import FOOTER_SIZE, DiskType, Footer
 
 _MAX_SLACK = 64 * KiB  # between the last block and the footer: Windows pads to 4 KiB
 _MAX_TAIL = 16 * MiB  # the same where there are no blocks: locators and batmap
-_WORTH_READING_PAST = 1 * MiB  # reading on is cheaper than a second export that the host must seek through
 
 
 class StreamKind(Enum):
@@ -55,13 +55,14 @@ _WANTED = {
 }
 
 
-class VhdStream:
-    """Implements `core.disk.DiskReader`. `open_at(n)` opens the stream from byte n on.
+class VhdStream(PrefixedStream[Prefix]):
+    """Implements `core.disk.DiskReader`.
 
-    The prefix is read at once, so size, fingerprint and refusals are there before the first byte is written. A delta that
-    comes back as a full disk is refused, and the other way round: the exporter lost the base snapshot or was asked wrongly,
-    and absent ranges would mean something else than the caller thinks.
+    A delta that comes back as a full disk is refused, and the other way round: the exporter lost the base snapshot or was
+    asked wrongly, and absent ranges would mean something else than the caller thinks.
     """
+
+    told = "size, type, parent or BAT"
 
     def __init__(
         self,
@@ -72,12 +73,8 @@ class VhdStream:
         expect_size: int | None = None,
         expect_parent: StreamKind | None = None,
     ) -> None:
-        self.name = name
-        self._open_at = open_at
-        self._pool = pool or BufferPool()
         self._fixed_size = expect_size if expect_parent is StreamKind.FIXED else None
-        self._cursor: StreamCursor | None = None
-        self._prefix = self._read_prefix()
+        super().__init__(open_at, name=name, pool=pool)
         try:
             self._check_expected(expect_size, expect_parent)
         except ImageError:
@@ -115,7 +112,7 @@ class VhdStream:
         prefix = self._prefix
         if not 0 <= position <= prefix.blocks_end:
             raise bad_field(self.name, position, "resume position", position, f"0 to {prefix.blocks_end}")
-        cursor = self._cursor_for(position)
+        cursor = self._cursor_at(prefix.resume_at(position), from_beginning=position == 0)
         try:
             if prefix.table is None:
                 yield from self._linear(cursor, position, prefix.blocks_end)
@@ -126,20 +123,8 @@ class VhdStream:
         finally:
             cursor.close()
 
-    def close(self) -> None:
-        cursor, self._cursor = self._cursor, None
-        if cursor is not None:
-            cursor.close()
-
-    def _read_prefix(self) -> Prefix:
-        """Open the stream at its start and read what says where everything is; the stream stays open behind it."""
-        self.close()
-        self._cursor = StreamCursor(self._open_at(0), self.name, 0)
-        try:
-            return read_prefix(self._cursor, self.name) if self._fixed_size is None else fixed_prefix(self._fixed_size)
-        except BaseException:
-            self.close()
-            raise
+    def _parse(self, cursor: StreamCursor) -> Prefix:
+        return read_prefix(cursor, self.name) if self._fixed_size is None else fixed_prefix(self._fixed_size)
 
     def _check_expected(self, size: int | None, kind: StreamKind | None) -> None:
         if size is not None and size != self.size:
@@ -147,23 +132,6 @@ class VhdStream:
         type_, asked = self._prefix.footer.type, None if kind is None else _WANTED[kind]
         if asked is not None and type_ is not asked[0]:
             raise bad_field(self.name, 60, "footer disk type", type_.name.lower(), asked[1])
-
-    def _cursor_for(self, position: int) -> StreamCursor:
-        """A stream that is known to have our prefix, open at or before the block of `position`. The caller closes it."""
-        if self._cursor is None and self._read_prefix().fingerprint != self._prefix.fingerprint:
-            self.close()
-            raise ImageError(
-                "the export changed: its size, type, parent or BAT is not what it was when the pass began",
-                where=self.name,
-                fix="copy this pass of the disk again from its start",
-            )
-        cursor, self._cursor = self._cursor, None
-        start = self._prefix.resume_at(position)
-        if cursor is not None and (position == 0 or start - cursor.position <= _WORTH_READING_PAST):
-            return cursor
-        if cursor is not None:
-            cursor.close()
-        return StreamCursor(self._open_at(start), self.name, start)
 
     def _linear(self, cursor: StreamCursor, position: int, end: int) -> Iterator[Chunk]:
         """A fixed disk: stream and guest disk are the same bytes."""

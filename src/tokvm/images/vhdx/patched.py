@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokvm.core.errors import ImageError
-from tokvm.images.base import ReadAt, announcer
+from tokvm.images.base import ReadAt
+from tokvm.images.over import OverFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +29,11 @@ class Write:
     data: bytes | None = None
 
 
-class PatchedFile:
+class PatchedFile(OverFile):
     """Implements `images.base.ReadAt` over a file, which it owns. Bytes and offsets are those of the file after the writes."""
 
     def __init__(self, file: ReadAt, writes: Sequence[Write], size: int) -> None:
-        self.file = file
-        self.name = file.name
+        super().__init__(file)
         self.size = max(size, file.size, *(write.offset + write.length for write in writes), 0)
         growth = [Write(file.size, self.size - file.size)] if self.size > file.size else []
         self._writes = [*growth, *(write for write in writes if write.length)]
@@ -42,7 +42,6 @@ class PatchedFile:
         self._source: list[int] = []  # index into _writes of each patch
         if self._writes:
             self._lay()
-        self._announce = announcer(file)
 
     def _lay(self) -> None:
         """Paint the writes over one another, on the scale of all places where one begins or ends."""
@@ -62,18 +61,6 @@ class PatchedFile:
     @property
     def patches(self) -> int:
         return len(self._starts)
-
-    @property
-    def inodes(self) -> tuple[object, ...]:
-        return tuple(getattr(self.file, "inodes", ()))
-
-    @property
-    def stamp(self) -> str:
-        return str(getattr(self.file, "stamp", ""))
-
-    def fileno(self) -> int:
-        found: int = self.file.fileno()  # type: ignore[attr-defined]
-        return found
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         stop = offset + len(buffer)
@@ -109,6 +96,3 @@ class PatchedFile:
         end = min(offset + length, self.file.size)
         if offset < end:
             self._announce(offset, end - offset)
-
-    def close(self) -> None:
-        self.file.close()

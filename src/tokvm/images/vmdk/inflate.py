@@ -23,8 +23,9 @@ import numpy.typing as npt
 
 from tokvm.core.extents import Column
 from tokvm.core.units import SECTOR, KiB
-from tokvm.images.base import ReadAt, announcer
+from tokvm.images.base import ReadAt
 from tokvm.images.fields import bad_field
+from tokvm.images.over import OverFile
 
 Keys = npt.NDArray[np.uint64]
 
@@ -60,7 +61,7 @@ def slot_keys(sector: Keys, grain: Column) -> Keys:
     return (sector.astype(np.uint64) << _GRAIN_BITS) | grain.astype(np.uint64)
 
 
-class InflatedFile:
+class InflatedFile(OverFile):
     """Implements `images.base.ReadAt` over a file of compressed grains, which it owns.
 
     keys: of all grains, ascending. structures: ascending offsets where something else begins that a grain ends before.
@@ -70,27 +71,13 @@ class InflatedFile:
     def __init__(
         self, file: ReadAt, keys: Keys, *, grain_bytes: int, disk_size: int, markers: bool, structures: Column
     ) -> None:
-        self.packed = file
-        self.name = file.name
+        super().__init__(file)
         self.size = len(keys) * grain_bytes
         self._keys = keys
         self._grain_bytes = grain_bytes
         self._disk_size = disk_size
         self._head = _LBA if markers else _SIZE
         self._structures = structures
-        self._announce = announcer(file)
-
-    @property
-    def inodes(self) -> tuple[object, ...]:
-        return tuple(getattr(self.packed, "inodes", ()))
-
-    @property
-    def stamp(self) -> str:
-        return str(getattr(self.packed, "stamp", ""))
-
-    def fileno(self) -> int:
-        found: int = self.packed.fileno()  # type: ignore[attr-defined]
-        return found
 
     def locate(self, _offset: int) -> tuple[str, int | None]:
         """Of no guest byte can be said where in the file it is."""
@@ -119,7 +106,7 @@ class InflatedFile:
         at = first * self._grain_bytes - offset  # of the first grain in the buffer; negative: it begins before
         for one, other in _together(begin, end):
             packed = bytearray(end[other - 1] - begin[one])
-            self.packed.read_into(begin[one], memoryview(packed))
+            self.file.read_into(begin[one], memoryview(packed))
             self._unpack(packed, begin[one:other], end[one:other], grains[one:other], buffer, at + one * self._grain_bytes)
 
     def _unpack(
@@ -145,7 +132,7 @@ class InflatedFile:
         """(first byte, at most the last byte, grain number) of these slots."""
         keys = self._keys[first : last + 1]
         begin = (keys >> _GRAIN_BITS).astype(np.int64) * SECTOR
-        behind = begin[1:] if last < len(self._keys) else np.append(begin[1:], self.packed.size)
+        behind = begin[1:] if last < len(self._keys) else np.append(begin[1:], self.file.size)
         begin = begin[: last - first]
         structure = np.searchsorted(self._structures, begin)
         end = np.minimum(behind, begin + self._head.size + max_compressed(self._grain_bytes))
@@ -168,9 +155,6 @@ class InflatedFile:
         return inflate(
             packed[head : head + length], grain_bytes=self._grain_bytes, needed=needed, name=self.name, offset=at + head
         )
-
-    def close(self) -> None:
-        self.packed.close()
 
 
 def _together(begin: list[int], end: list[int]) -> Iterator[tuple[int, int]]:

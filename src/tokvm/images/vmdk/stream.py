@@ -24,21 +24,19 @@ from collections.abc import Callable, Iterator
 from tokvm.core.disk import BufferPool, Chunk
 from tokvm.core.errors import ImageError
 from tokvm.core.extents import ExtentMap
-from tokvm.core.units import SECTOR, MiB
+from tokvm.core.units import SECTOR
 from tokvm.images.base import WINDOW, ByteStream
 from tokvm.images.fields import bad_field
+from tokvm.images.prefixed_stream import PrefixedStream
 from tokvm.images.stream_cursor import StreamCursor
 from tokvm.images.vmdk.stream_prefix import StreamPrefix, read_prefix
 from tokvm.images.vmdk.stream_run import StreamRun
 
-_WORTH_READING_PAST = 1 * MiB  # as for VHD: cheaper than another request
 
+class VmdkStream(PrefixedStream[StreamPrefix]):
+    """Implements `core.disk.DiskReader`."""
 
-class VmdkStream:
-    """Implements `core.disk.DiskReader`. `open_at(n)` opens the stream from byte n on.
-
-    The prefix is read at once, so size, fingerprint and refusals are there before the first byte is written.
-    """
+    told = "header or descriptor"
 
     def __init__(
         self,
@@ -48,11 +46,7 @@ class VmdkStream:
         pool: BufferPool | None = None,
         expect_size: int | None = None,
     ) -> None:
-        self.name = name
-        self._open_at = open_at
-        self._pool = pool or BufferPool()
-        self._cursor: StreamCursor | None = None
-        self._prefix = self._read_prefix()
+        super().__init__(open_at, name=name, pool=pool)
         try:
             self._check_expected(expect_size)
         except ImageError:
@@ -91,26 +85,15 @@ class VmdkStream:
         if position < self._prefix.grains_at or position % SECTOR:
             allowed = f"0, or a multiple of {SECTOR} from {self._prefix.grains_at} on"
             raise bad_field(self.name, max(position, 0), "resume position", position, allowed)
-        cursor = self._cursor_for(position)
+        cursor = self._cursor_at(position)
         try:
+            cursor.skip_to(position, "grains")
             yield from StreamRun(cursor, self._prefix, self._pool, name=self.name, position=position).chunks()
         finally:
             cursor.close()
 
-    def close(self) -> None:
-        cursor, self._cursor = self._cursor, None
-        if cursor is not None:
-            cursor.close()
-
-    def _read_prefix(self) -> StreamPrefix:
-        """Open the stream at its start and read up to the first grain; it stays open there."""
-        self.close()
-        self._cursor = StreamCursor(self._open_at(0), self.name, 0)
-        try:
-            return read_prefix(self._cursor, self.name)
-        except BaseException:
-            self.close()
-            raise
+    def _parse(self, cursor: StreamCursor) -> StreamPrefix:
+        return read_prefix(cursor, self.name)
 
     def _check_expected(self, size: int | None) -> None:
         if size is not None and size != self.size:
@@ -118,20 +101,3 @@ class VmdkStream:
         grain_bytes = self._prefix.header.grain_bytes
         if grain_bytes > self._pool.size:
             raise bad_field(self.name, 20, "KDMV grain size", grain_bytes, f"at most {self._pool.size} bytes in a stream")
-
-    def _cursor_for(self, position: int) -> StreamCursor:
-        """A stream that is known to have our prefix, open at `position`. The caller closes it."""
-        if self._cursor is None and self._read_prefix().fingerprint != self._prefix.fingerprint:
-            self.close()
-            raise ImageError(
-                "the export changed: its header or descriptor is not what it was when the pass began",
-                where=self.name,
-                fix="copy this pass of the disk again from its start",
-            )
-        cursor, self._cursor = self._cursor, None
-        if cursor is not None and position - cursor.position <= _WORTH_READING_PAST:
-            cursor.skip_to(position, "grains")
-            return cursor
-        if cursor is not None:
-            cursor.close()
-        return StreamCursor(self._open_at(position), self.name, position)
