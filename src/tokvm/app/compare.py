@@ -15,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
+from tokvm.app.watching import Progress
 from tokvm.core.disk import BufferPool, Chunk
 from tokvm.core.extents import ExtentKind
 from tokvm.core.units import SECTOR, MiB
@@ -40,15 +41,9 @@ class Readable(Protocol):
     def is_hole(self, offset: int, length: int) -> bool: ...
 
 
-class Progress(Protocol):
-    def begin(self, what: str, total: int, done: int) -> None: ...
-
-    def advance(self, count: int) -> None: ...
-
-
 @dataclass(slots=True)
 class Comparison:
-    """differing_bytes: in whole sectors. ranges: (offset, length) of the first MAX_RANGES differences, ascending."""
+    """differing_bytes: in whole sectors. ranges: (offset, length), ascending, of MAX_RANGES differences at most."""
 
     compared_bytes: int = 0
     differing_bytes: int = 0
@@ -150,7 +145,7 @@ def _differing(offset: int, differs: np.ndarray[tuple[int], np.dtype[np.bool_]])
     """Runs of sectors in which a byte differs."""
     if not differs.any():
         return []
-    sectors = np.add.reduceat(differs, np.arange(0, len(differs), SECTOR)) > 0
+    sectors = np.logical_or.reduceat(differs, np.arange(0, len(differs), SECTOR))
     edges = np.flatnonzero(np.diff(sectors, prepend=False, append=False))
     starts, ends = edges[::2] * SECTOR, np.minimum(edges[1::2] * SECTOR, len(differs))
     return [(offset + start, end - start) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]

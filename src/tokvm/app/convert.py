@@ -12,14 +12,15 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from tokvm.app.held import Content, Held, Note, Pending
+from tokvm.app.targets import target_spec
+from tokvm.app.watching import Progress
 from tokvm.core.disk import BufferPool
 from tokvm.core.errors import ImageError, UnsafeTarget, UsageError
 from tokvm.core.text import printable
@@ -41,14 +42,6 @@ _EMPTY = ""  # the signature of layers that say nothing: applied twice they do n
 _LIMITS = PassLimits(checkpoint_bytes=4 << 30, checkpoint_s=10.0)
 
 
-class PassProgress(Protocol):
-    """What a conversion tells whoever watches."""
-
-    def begin(self, what: str, total: int, done: int) -> None: ...
-
-    def advance(self, count: int) -> None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Target:
     """path: absolute. format: `raw` or `qcow2`. overwrite: the size or serial that the operator repeated, or None."""
@@ -62,29 +55,28 @@ class Target:
         return Qcow2ReadBack.open(self.path) if self.format == "qcow2" else ReadBack.open(self.path)
 
     def spec(self, *, create: bool) -> TargetSpec:
-        force = self.overwrite is not None
-        return TargetSpec(self.path, create=create, force=force, confirm=self.overwrite, format=self.format)
+        return replace(target_spec(self.path, self.overwrite), create=create, format=self.format)
 
 
-def convert(chain: Chain, target: Target, progress: PassProgress, *, force_linkage: bool = False) -> PassResult:
+def convert(chain: Chain, target: Target, progress: Progress, *, force_linkage: bool = False) -> PassResult:
     """All of the chain's content; absent ranges read as zeros afterwards, whatever the target held before."""
     _check_whole(chain, force_linkage=force_linkage)
-    with _reading(chain) as (reader, signature):
-        note = Note.of(target.path)
-        pending = Pending("convert", tuple(layer.name for layer in chain.layers), signature, reader.fingerprint)
-        expect, resume = _resumed(note, target, pending)
-        with closing(open_target(target.spec(create=True), size=chain.size, expect=expect)) as writer:
-            note.write(Held(writer.identity, pending=replace(pending, checkpoint=resume)))
-            progress.begin("convert", reader.total, resume.data_bytes if resume else 0)
-            result = run_pass(
-                reader, writer, state=TargetState.UNKNOWN, resume=resume, record=note.checkpoint,
-                progress=progress.advance, limits=_LIMITS,
-            )  # fmt: skip
-            note.write(Held(writer.identity, holds=_content(chain), applied=(signature,)))
-        return result
+    reader, signature = _reading(chain)
+    note = Note.of(target.path)
+    pending = Pending("convert", tuple(layer.name for layer in chain.layers), signature, reader.fingerprint)
+    expect, resume = _resumed(note, target, pending)
+    with closing(open_target(target.spec(create=True), size=chain.size, expect=expect)) as writer:
+        note.write(Held(writer.identity, pending=replace(pending, checkpoint=resume)))
+        progress.begin("convert", reader.total, resume.data_bytes if resume else 0)
+        result = run_pass(
+            reader, writer, state=TargetState.UNKNOWN, resume=resume, record=note.checkpoint,
+            progress=progress.advance, limits=_LIMITS,
+        )  # fmt: skip
+        note.write(Held(writer.identity, holds=_content(chain), applied=(signature,)))
+    return result
 
 
-def apply(chain: Chain, target: Target, progress: PassProgress, *, force_linkage: bool = False) -> PassResult:
+def apply(chain: Chain, target: Target, progress: Progress, *, force_linkage: bool = False) -> PassResult:
     """What the layers of a partial chain say, onto a target that holds the disk they were made over."""
     if not chain.partial:
         raise UsageError(
@@ -92,23 +84,22 @@ def apply(chain: Chain, target: Target, progress: PassProgress, *, force_linkage
         )
     note = Note.of(target.path)
     held = note.read()
-    with _reading(chain) as (reader, signature):
-        pending, resume = _next_step(chain, held, reader, signature, target, force_linkage=force_linkage)
-        expect = held.target if held is not None else None
-        with closing(open_target(target.spec(create=False), size=chain.size, expect=expect)) as writer:
-            now = replace(held or Held(writer.identity), target=writer.identity, pending=replace(pending, checkpoint=resume))
-            note.write(now)
-            progress.begin("apply", reader.total, resume.data_bytes if resume else 0)
-            result = run_pass(
-                reader, writer, state=TargetState.PREVIOUS_PASS, resume=resume, record=note.checkpoint,
-                progress=progress.advance, limits=_LIMITS, grown_from=pending.grown_from,
-            )  # fmt: skip
-            note.write(Held(writer.identity, holds=_content(chain), applied=(*now.applied, signature)[-_KEPT:]))
-        return result
+    reader, signature = _reading(chain)
+    pending, resume = _next_step(chain, held, reader, signature, target, force_linkage=force_linkage)
+    expect = held.target if held is not None else None
+    with closing(open_target(target.spec(create=False), size=chain.size, expect=expect)) as writer:
+        now = replace(held or Held(writer.identity), target=writer.identity, pending=replace(pending, checkpoint=resume))
+        note.write(now)
+        progress.begin("apply", reader.total, resume.data_bytes if resume else 0)
+        result = run_pass(
+            reader, writer, state=TargetState.PREVIOUS_PASS, resume=resume, record=note.checkpoint,
+            progress=progress.advance, limits=_LIMITS, grown_from=pending.grown_from,
+        )  # fmt: skip
+        note.write(Held(writer.identity, holds=_content(chain), applied=(*now.applied, signature)[-_KEPT:]))
+    return result
 
 
-@contextmanager
-def _reading(chain: Chain) -> Iterator[tuple[ChainReader, str]]:
+def _reading(chain: Chain) -> tuple[ChainReader, str]:
     """The reader and the signature of what it will say. The maps are walked here, so damage is found before anything is opened
     for writing."""
     reader = ChainReader(chain, pool=BufferPool(BUFFERS))
@@ -120,7 +111,7 @@ def _reading(chain: Chain) -> Iterator[tuple[ChainReader, str]]:
         rows += len(window)
         for column in (window.offset, window.length, window.kind, window.file_offset):
             digest.update(np.ascontiguousarray(column).data)
-    yield reader, digest.hexdigest() if rows else _EMPTY
+    return reader, digest.hexdigest() if rows else _EMPTY
 
 
 def _check_whole(chain: Chain, *, force_linkage: bool) -> None:

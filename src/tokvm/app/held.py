@@ -22,6 +22,7 @@ from typing import Any
 
 from tokvm.app.state import default_state_dir, prepare_state_dir
 from tokvm.core.errors import JournalError
+from tokvm.targets.rawfile import sync_directory
 from tokvm.transfer.checkpoint import Checkpoint
 
 VERSION = 1
@@ -135,11 +136,7 @@ class Note:
                 file.flush()
                 os.fsync(fd)
             fresh.replace(self.path)
-            folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            sync_directory(self.path.parent)
         except OSError as exc:
             raise JournalError(
                 f"the note about the target cannot be written: {exc.strerror}",

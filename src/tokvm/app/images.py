@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 from tokvm.app.image_files import Formats, open_layers
-from tokvm.core.disk import BufferPool
 from tokvm.core.extents import Extent, ExtentKind
 from tokvm.images.base import ReadAt
 from tokvm.images.chain import Chain
@@ -26,9 +26,8 @@ def _file_size(file: ReadAt) -> int:
 
 def map_extents(chain: Chain) -> Iterator[Extent]:
     """The chain's merged map, ABSENT ranges included, as ascending extents that do not stop at window borders."""
-    reader = ChainReader(chain, pool=BufferPool(0))
-    for _ in reader.covered():
-        """All tables are looked at before the first row is handed out, so that damage leaves no half of a map."""
+    reader = ChainReader(chain)
+    deque(reader.covered(), maxlen=0)  # all tables are looked at before the first row, so that damage leaves no half of a map
     last: Extent | None = None
     for window in reader.covered():
         for extent in window.explicit():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from tokvm.app.plan import Plan, Request, SshOptions, TargetChoice, domain_plan, new_plan, unmapped
 from tokvm.app.sources import open_source
@@ -12,9 +13,11 @@ from tokvm.app.targets import spec_of
 from tokvm.core.errors import Blocked, DomainError, TargetError
 from tokvm.core.machine import Finding, Severity, VirtualMachine
 from tokvm.domain.host import LibvirtHost
-from tokvm.remote.recording import Recorder
 from tokvm.sources.base import MachineSummary, Source
 from tokvm.targets.probe import probe_target
+
+if TYPE_CHECKING:
+    from tokvm.remote.recording import Recorder
 
 BLOCKED_EXIT = Blocked.exit_code
 Note = Callable[[str], None]

@@ -8,16 +8,18 @@ files:BASE[,CHILD…]                 image files that are already here, base fi
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from tokvm.app.plan import SshOptions
 from tokvm.core.errors import UsageError
-from tokvm.remote.recorded import RecordedHost
-from tokvm.remote.recording import Recorder
 from tokvm.remote.ssh import SshConfig, SshHost
 from tokvm.sources.base import Source
 from tokvm.sources.files.source import FilesSource
 from tokvm.sources.hyperv.source import DEFAULT_USER, HyperVSource
 from tokvm.sources.xenserver.source import XenServerSource
+
+if TYPE_CHECKING:  # loaded only when somebody records
+    from tokvm.remote.recording import Recorder
 
 
 def _xenserver(rest: str, ssh: SshOptions, recorder: Recorder | None) -> Source:
@@ -32,7 +34,7 @@ def _files(rest: str, _ssh: SshOptions, _recorder: Recorder | None) -> Source:
     return FilesSource.from_paths(rest.split(","))
 
 
-Opener = Callable[[str, SshOptions, Recorder | None], Source]
+Opener = Callable[[str, SshOptions, "Recorder | None"], Source]
 SOURCES: dict[str, Opener] = {"xenserver": _xenserver, "xcpng": _xenserver, "hyperv": _hyperv, "files": _files}
 
 
@@ -49,7 +51,11 @@ def open_source(url: str, ssh: SshOptions, recorder: Recorder | None = None) -> 
 
 def _ssh_host(rest: str, ssh: SshOptions, recorder: Recorder | None, *, user: str = "root") -> SshHost:
     config = ssh_config(rest.removeprefix("//").rstrip("/"), ssh, user=user)
-    return SshHost(config) if recorder is None else RecordedHost(config, recorder)
+    if recorder is None:
+        return SshHost(config)
+    from tokvm.remote.recorded import RecordedHost
+
+    return RecordedHost(config, recorder)
 
 
 def ssh_config(where: str, ssh: SshOptions, *, user: str = "root") -> SshConfig:

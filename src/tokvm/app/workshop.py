@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from tokvm.app.inventory import check_targets, reached
 from tokvm.app.plan import Plan, Request, domain_plan, merged, new_plan, unmapped
@@ -27,10 +27,12 @@ from tokvm.migration.phases import Phase
 from tokvm.migration.records import MigrationRecord
 from tokvm.migration.reports import CutoverReport, StatusReport, SyncReport
 from tokvm.migration.runner import Migration, status_of
-from tokvm.remote.recording import Recorder
 from tokvm.sources.base import Source
 from tokvm.targets.open import open_target
 from tokvm.transfer.checkpoint import PassLimits
+
+if TYPE_CHECKING:
+    from tokvm.remote.recording import Recorder
 
 
 @dataclass(frozen=True, slots=True)

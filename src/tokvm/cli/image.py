@@ -14,9 +14,13 @@ from tokvm.core.errors import UsageError, VerifyError
 from tokvm.core.units import format_bytes
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from tokvm.app.compare import Comparison
     from tokvm.app.convert import Target
     from tokvm.app.image_files import Formats
+    from tokvm.images.chain import Chain
+    from tokvm.transfer.checkpoint import PassResult
 
 image = typer.Typer(
     help="Look at disk images, copy chains of them, and apply single layers. VHD, VHDX and VMDK of every kind.",
@@ -76,12 +80,9 @@ def map_command(
     verbose: options.Verbose = 0,
 ) -> None:
     """What is where: DATA, ZERO and ABSENT ranges of a chain, with the keys of `qemu-img map --output=json`."""
-    from tokvm.app import image_files, images
+    from tokvm.app import images
 
-    with (
-        options.running(json=json, verbose=verbose),
-        image_files.open_chain(files, force_linkage=force_linkage, formats=_formats(formats)) as chain,
-    ):
+    with options.running(json=json, verbose=verbose), _open_chain(files, formats, force_linkage=force_linkage) as chain:
         if json:
             print_json_stream(images.map_rows(chain))
         else:
@@ -102,17 +103,15 @@ def convert(
     verbose: options.Verbose = 0,
 ) -> None:
     """Copy a chain, all of it, to a raw file, a qcow2 file or a block device. Broken off, the same command goes on."""
-    from tokvm.app import convert as converting
-    from tokvm.app import image_files
+    from tokvm.app.convert import convert as act
 
     with (
         options.running(json=json, events=events, verbose=verbose) as reporter,
-        image_files.open_chain(files, force_linkage=force_linkage, formats=_formats(formats)) as chain,
+        _open_chain(files, formats, force_linkage=force_linkage) as chain,
     ):
         target = _target(to, overwrite, target_format)
-        result = converting.convert(chain, target, _Progress(reporter), force_linkage=force_linkage)
-        reporter.pass_end(0, "convert", result.run_bytes, result.seconds)
-        _told(json, to, chain.size, result.data_bytes, result.zero_bytes, result.seconds)
+        result = act(chain, target, _Progress(reporter), force_linkage=force_linkage)
+        _told(reporter, result, "convert", to, chain.size, json=json)
 
 
 @image.command()
@@ -128,17 +127,15 @@ def apply(
     verbose: options.Verbose = 0,
 ) -> None:
     """Write what a layer says onto a target that holds what it was made over; a skipped, repeated or swapped one is refused."""
-    from tokvm.app import convert as converting
-    from tokvm.app import image_files
+    from tokvm.app.convert import apply as act
 
     with (
         options.running(json=json, events=events, verbose=verbose) as reporter,
-        image_files.open_chain(files, force_linkage=force_linkage, formats=_formats(formats)) as chain,
+        _open_chain(files, formats, force_linkage=force_linkage) as chain,
     ):
         target = _target(to, overwrite, target_format)
-        result = converting.apply(chain, target, _Progress(reporter), force_linkage=force_linkage)
-        reporter.pass_end(0, "apply", result.run_bytes, result.seconds)
-        _told(json, to, chain.size, result.data_bytes, result.zero_bytes, result.seconds)
+        result = act(chain, target, _Progress(reporter), force_linkage=force_linkage)
+        _told(reporter, result, "apply", to, chain.size, json=json)
 
 
 @image.command()
@@ -162,22 +159,20 @@ def compare(
     from contextlib import closing
 
     from tokvm.app import compare as comparing
-    from tokvm.app import image_files
     from tokvm.images.random_access import ChainBytes
 
-    known = _formats(formats)
     with (
         options.running(json=json, events=events, verbose=verbose) as reporter,
-        image_files.open_chain(files, force_linkage=force_linkage, formats=known) as chain,
+        _open_chain(files, formats, force_linkage=force_linkage) as chain,
     ):
         if to is not None and not other:
             with closing(_target(to, None, target_format).open_to_read()) as target:
                 found = comparing.compare(chain, target, _Progress(reporter))
         elif other and to is None:
-            with image_files.open_chain(other, force_linkage=force_linkage, formats=known) as others:
+            with _open_chain(other, formats, force_linkage=force_linkage) as others:
                 found = comparing.compare(chain, ChainBytes(others), _Progress(reporter))
         else:
-            raise UsageError("say what to compare with", fix="--to TARGET for a raw target, or --with IMAGE for images")
+            raise UsageError("say what to compare with", fix="--to TARGET for a target, or --with IMAGE for images")
         _compared(found, to or (other or [""])[-1], json=json)
 
 
@@ -193,11 +188,10 @@ def verify(
 ) -> None:
     """Is a chain whole? Checks every table and reads every byte; nothing is written."""
     from tokvm.app import compare as comparing
-    from tokvm.app import image_files
 
     with (
         options.running(json=json, events=events, verbose=verbose) as reporter,
-        image_files.open_chain(files, force_linkage=force_linkage, formats=_formats(formats)) as chain,
+        _open_chain(files, formats, force_linkage=force_linkage) as chain,
     ):
         found = comparing.verify(chain, _Progress(reporter), hashed=sha256)
         if json:
@@ -208,6 +202,12 @@ def verify(
         say(f"{chain.name}: whole; {format_bytes(found.size)}: {parts}, {format_bytes(found.absent_bytes)} absent{parent}")
         if found.sha256 is not None:
             say(f"sha256 {found.sha256}")
+
+
+def _open_chain(files: list[str], formats: list[str] | None, *, force_linkage: bool) -> AbstractContextManager[Chain]:
+    from tokvm.app import image_files
+
+    return image_files.open_chain(files, force_linkage=force_linkage, formats=_formats(formats))
 
 
 def _formats(texts: list[str] | None) -> Formats:
@@ -233,13 +233,13 @@ def _consent(overwrite: str | None, to: str) -> str | None:
     return given if path in (to, str(Path(to).absolute())) else overwrite
 
 
-def _told(json: bool, to: str, size: int, data_bytes: int, zero_bytes: int, seconds: float) -> None:
+def _told(reporter: Reporter, result: PassResult, what: str, to: str, size: int, *, json: bool) -> None:
+    reporter.pass_end(0, what, result.run_bytes, result.seconds)
     if json:
-        print_json(
-            {"target": to, "size": size, "data_bytes": data_bytes, "zero_bytes": zero_bytes, "seconds": round(seconds, 3)}
-        )
+        said = {"data_bytes": result.data_bytes, "zero_bytes": result.zero_bytes, "seconds": round(result.seconds, 3)}
+        print_json({"target": to, "size": size} | said)
     else:
-        say(f"{to}: {format_bytes(size)}, of which {format_bytes(data_bytes)} data were written")
+        say(f"{to}: {format_bytes(size)}, of which {format_bytes(result.data_bytes)} data were written")
 
 
 def _compared(found: Comparison, other: str, *, json: bool) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -18,8 +18,9 @@ from tokvm.cli.reporters import Reporter, choose_reporter
 from tokvm.core.errors import TokvmError, UsageError
 from tokvm.core.text import printable
 from tokvm.core.units import parse_duration, parse_size
-from tokvm.remote.recording import Recorder
-from tokvm.remote.recording import recording as transcript
+
+if TYPE_CHECKING:
+    from tokvm.remote.recording import Recorder
 
 INTERRUPTED = 130
 T = TypeVar("T")
@@ -200,5 +201,7 @@ def running(*, json: bool = False, events: bool = False, verbose: int = 0) -> It
 @contextmanager
 def recording(folder: Path | None, verb: str) -> Iterator[Recorder | None]:
     """The transcript that --record asks for; inside of `running`, which tells what is wrong with its directory."""
+    from tokvm.remote.recording import recording as transcript  # what cleans it costs a start more than most verbs need
+
     with transcript(folder, verb=verb, typed=["tokvm", *sys.argv[1:]]) as recorder:
         yield recorder
