@@ -16,7 +16,7 @@ import pytest
 from tokvm.core.units import MiB
 from tokvm.lab import home as homes
 from tokvm.lab.run import down, run
-from tokvm.lab.settings import LabSettings
+from tokvm.lab.settings import SOURCES, LabSettings
 from tokvm.lab.source_vm import SourceVm
 from tokvm.testing import pids
 from tokvm.testing.xenserver.host import XenHost
@@ -34,9 +34,11 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     down()
 
 
-def test_a_running_guest_is_migrated_and_nothing_is_left_behind(root: Path) -> None:
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_running_guest_is_migrated_and_nothing_is_left_behind(root: Path, source: str) -> None:
     said: list[str] = []
-    report = run(LabSettings(disk_size=96 * MiB, rtt_s=0.002, link_rate=200.0 * MiB), progress=said.append)
+    settings = LabSettings(source=source, disk_size=96 * MiB, rtt_s=0.002, link_rate=200.0 * MiB)
+    report = run(settings, progress=said.append)
     assert report.exit_code == 0, report.text
     document = json.loads(json.dumps(report.document))
     assert document["outcome"] == "migrated"
@@ -62,7 +64,9 @@ def test_a_failed_migration_is_reported_as_failed_and_cleaned_up(root: Path, mon
 def test_a_lab_that_is_up_outlives_its_starter_and_goes_down(root: Path) -> None:
     """`up` in a process that ends; the guest goes on and acknowledges; `down` in another."""
     code = (
-        "from tokvm.lab.run import up; from tokvm.lab.settings import LabSettings;print(up(LabSettings(disk_size=64 << 20))[0])"
+        "from tokvm.lab.run import up\n"
+        "from tokvm.lab.settings import LabSettings\n"
+        "print(up(LabSettings(disk_size=64 << 20))[0])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=300)
     place = Path(done.stdout.decode().strip())

@@ -5,7 +5,7 @@
                  run/*.pid         processes of ours with their start times: the keeper, tokvm, `lab run` itself
                  clock.jsonl       what the guests told the outside clock
                  images/           guests before their first boot
-                 host/             the played XenServer; host/backend/<uuid>/ the source VMs
+                 host/             the played hypervisor; host/backend/<uuid>/ the source VMs
                  target/ state/    what tokvm wrote: disks, journal
 
 Taking away works from what is in the folder and never from names of processes.
@@ -27,7 +27,7 @@ from tokvm.lab.libvirtd import Owner, existing_libvirt
 from tokvm.lab.programs import run_program
 from tokvm.lab.source_vm import SourceVm
 from tokvm.testing import pids
-from tokvm.testing.xenserver.host import XenHost
+from tokvm.testing.sshd import Sshd
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +94,8 @@ def take_down(folder: Path) -> None:
     if not is_home(folder):
         raise LabError("there is no lab here", where=str(folder))
     pids.kill_noted(folder / "run")
-    if (folder / "host").is_dir():
-        XenHost(folder / "host").close()
+    Sshd(folder / "host" / "sshd").stop()
+    pids.kill_noted(folder / "host" / "run")
     for home in (folder / "host" / "backend").glob("*/vm.json"):
         SourceVm(home.parent).destroy()
     _end_targets(folder)

@@ -20,11 +20,11 @@ from tokvm.lab.home import LabRecord
 from tokvm.lab.keeper import start_keeper
 from tokvm.lab.libvirtd import ensure_libvirt
 from tokvm.lab.link import Link
+from tokvm.lab.machines import LabMachine, plan_machines
+from tokvm.lab.played import LabHost, build
 from tokvm.lab.report import LabOutcome, as_text, combined
 from tokvm.lab.settings import LabSettings
 from tokvm.lab.trial import Lab, Progress, check_host, migrate_all
-from tokvm.lab.xenserver import LabMachine, build_xenserver, plan_machines
-from tokvm.testing.xenserver.host import XenHost
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def up(settings: LabSettings, *, folder: Path | None = None, progress: Progress 
         clock_port = start_keeper(place, "clock")
         machines = plan_machines(settings.guests)
         progress("building guests")
-        host = build_xenserver(place, machines, settings, clock_port=clock_port)
+        host = build(place, machines, settings, clock_port=clock_port)
         port = None
         if settings.shaped:
             port = start_keeper(place, "link", str(host.sshd.port), str(settings.link_rate or 0), str(settings.rtt_s))
@@ -112,8 +112,8 @@ def _clock(folder: Path) -> Iterator[OutsideClock]:
 def _living(folder: Path, settings: LabSettings, clock: OutsideClock, progress: Progress) -> Iterator[Lab]:
     """Guests that run and have written something."""
     machines = plan_machines(settings.guests)
-    progress(f"building {settings.guests} guest{'s' if settings.guests > 1 else ''} and a XenServer around")
-    host = build_xenserver(folder, machines, settings, clock_port=clock.port)
+    progress(f"building {settings.guests} guest{'s' if settings.guests > 1 else ''} and a {settings.source} host around")
+    host = build(folder, machines, settings, clock_port=clock.port)
     link = Link(host.sshd.port, rate=settings.link_rate, rtt_s=settings.rtt_s).start() if settings.shaped else None
     try:
         record = _record(folder, host, machines, settings, progress, port=link.port if link else None)
@@ -132,7 +132,7 @@ def _living(folder: Path, settings: LabSettings, clock: OutsideClock, progress: 
 
 def _record(
     folder: Path,
-    host: XenHost,
+    host: LabHost,
     machines: Sequence[LabMachine],
     settings: LabSettings,
     progress: Progress,
@@ -146,7 +146,7 @@ def _record(
         sshd.also_at(port)
     record = LabRecord(
         source=settings.source,
-        url=f"xenserver://{sshd.user}@{sshd.host}:{port or sshd.port}",
+        url=f"{host.scheme}://{sshd.user}@{sshd.host}:{port or sshd.port}",
         ssh_config=str(sshd.config_file),
         libvirt=libvirt.uri,
         owner=libvirt.owner.value,

@@ -1,4 +1,5 @@
-"""A frozen disk as XenServer would export it: the base as a dynamic VHD, what changed since as a differencing one.
+"""What a frozen disk holds, and what changed since another; and both as XenServer would export them: a dynamic VHD as base,
+a differencing one as delta.
 
     frozen "b"  = raw ◄ l1 ◄ l2 ◄ l3          chain of layers, base first
     frozen "a"  = raw ◄ l1                    delta("a" → "b"): what l2 or l3 hold, newest first
@@ -77,7 +78,7 @@ def write_delta(chain: Sequence[LayerFile], out: BinaryIO, *, since: int, size: 
 
 
 def changes(chain: Sequence[LayerFile], *, since: int, size: int) -> list[Change]:
-    """The ranges that the layers above number `since` hold: ascending, whole sectors."""
+    """The ranges that the layers above number `since` hold: ascending, whole sectors. since -1: the whole disk."""
     top = chain[-1]
     newer = top.index - since
     found: list[Change] = []
@@ -107,13 +108,17 @@ def _runs(changed: list[Change], files: Mapping[int, BinaryIO]) -> Iterator[Run]
     for change in changed:
         for done in range(0, change.length, READ_SIZE):
             length = min(READ_SIZE, change.length - done)
-            if change.layer is None:
-                yield change.offset + done, bytes(length)
-                continue
-            file = files[change.layer]
-            file.seek(change.file_offset + done)
-            # A cluster that was never written to its end may lie beyond the end of the file: zeros.
-            yield change.offset + done, file.read(length).ljust(length, b"\0")
+            yield change.offset + done, read_piece(files, change, done, length)
+
+
+def read_piece(files: Mapping[int, BinaryIO], change: Change, skip: int, length: int) -> bytes:
+    """`length` bytes of the range, from its byte `skip`. files: the layers, open, by index."""
+    if change.layer is None:
+        return bytes(length)
+    file = files[change.layer]
+    file.seek(change.file_offset + skip)
+    # A cluster that was never written to its end may lie beyond the end of the file: zeros.
+    return file.read(length).ljust(length, b"\0")
 
 
 def _convert(top: LayerFile, out: Path, options: list[str]) -> None:

@@ -139,17 +139,21 @@ class SourceVm:
     def shutdown(self, *, deadline_s: float) -> bool:
         """Press the power button until the guest is off; False when it is not at the deadline. Off already is success."""
         deadline, pressed = time.monotonic() + deadline_s, 0.0
-        with self._locked():
-            self.qemu.intend(Intent.OFF)
         while self.qemu.pid() is not None:
             if time.monotonic() >= deadline:
                 return False
             if time.monotonic() - pressed >= PRESS_AGAIN_S:
                 pressed = time.monotonic()
-                # A guest that has not loaded its button driver yet misses a press.
-                self.qemu.command("system_powerdown")
+                self.press_power_button()
             time.sleep(0.05)
         return True
+
+    def press_power_button(self) -> None:
+        """Once, and come back. A guest that has not loaded its button driver yet misses it. Off already is success."""
+        with self._locked():
+            self.qemu.intend(Intent.OFF)
+        if self.qemu.pid() is not None:
+            self.qemu.command("system_powerdown")
 
     def power_off(self) -> None:
         """Cut the power: the guest gets no warning. Off already is success."""

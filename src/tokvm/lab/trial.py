@@ -16,11 +16,11 @@ from tokvm.lab.clock import Boot, OutsideClock
 from tokvm.lab.command import Event, Finished, finish_argv, migrate_argv, run_tokvm, target_folder
 from tokvm.lab.errors import LabError
 from tokvm.lab.home import LabRecord
+from tokvm.lab.machines import LabMachine
+from tokvm.lab.played import LabHost
 from tokvm.lab.report import GuestReport, LabOutcome, downtime
 from tokvm.lab.settings import LabSettings
-from tokvm.lab.xenserver import LabMachine
 from tokvm.testing import pids
-from tokvm.testing.xenserver.host import XenHost
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Lab:
 
     folder: Path
     record: LabRecord
-    host: XenHost
+    host: LabHost
     clock: OutsideClock
     machines: tuple[LabMachine, ...]
 

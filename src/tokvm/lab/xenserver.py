@@ -1,51 +1,19 @@
-"""A XenServer with real guests: the played toolstack behind a real sshd, a Linux in QEMU behind every VM of it.
-
-tokvm ── ssh ──► [link] ──► sshd ──► persona ──► QemuBackend ──► QEMU ── guest ── heartbeats, acknowledgements ──► clock
-"""
+"""A XenServer with real guests: the played toolstack behind a real sshd, a Linux in QEMU behind every VM of it."""
 
 from __future__ import annotations
 
-import logging
-import uuid
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-from tokvm.core.units import MiB
-from tokvm.domain.accel import kvm_works
-from tokvm.lab.guest_image import GuestSettings, build_guest
-from tokvm.lab.kernel import find_kernel
+from tokvm.lab.machines import MEMORY, LabMachine
 from tokvm.lab.settings import LabSettings
-from tokvm.lab.source_vm import SourceVm, mac_of
 from tokvm.lab.xenserver_backend import QEMU_BACKEND
 from tokvm.testing.sshd import Lifetime
 from tokvm.testing.xenserver.host import DiskSpec, HostOptions, MachineSpec, NicSpec, XenHost, build_host
 
-log = logging.getLogger(__name__)
 
-MEMORY = 256 * MiB
-
-
-@dataclass(frozen=True, slots=True)
-class LabMachine:
-    """A guest of the lab; its VM and its guest bear the same name."""
-
-    name: str
-    uuid: str
-    mac: str
-
-
-def plan_machines(count: int) -> list[LabMachine]:
-    """Names and ids that no other lab on this host has."""
-    tag = uuid.uuid4().hex[:4]
-    machines = []
-    for number in range(1, count + 1):
-        identity = str(uuid.uuid4())
-        machines.append(LabMachine(f"lab{tag}-{number}", identity, mac_of(identity)))
-    return machines
-
-
-def build_xenserver(folder: Path, machines: list[LabMachine], settings: LabSettings, *, clock_port: int) -> XenHost:
-    """The host with all guests made and off. `folder` is the lab's."""
+def build_xenserver(folder: Path, machines: Sequence[LabMachine], settings: LabSettings) -> XenHost:
+    """The host in `folder`; its guests are still to be made."""
     specs = [
         MachineSpec(
             one.name,
@@ -59,24 +27,4 @@ def build_xenserver(folder: Path, machines: list[LabMachine], settings: LabSetti
         for one in machines
     ]
     options = HostOptions(backend=QEMU_BACKEND, in_use_s=0.5)
-    host = build_host(folder / "host", machines=specs, options=options, lifetime=Lifetime.OUTLIVES_US)
-    for one in machines:
-        _make_guest(folder, one, settings, clock_port=clock_port)
-    return host
-
-
-def _make_guest(folder: Path, machine: LabMachine, settings: LabSettings, *, clock_port: int) -> None:
-    guest_settings = GuestSettings(name=machine.name, clock_port=clock_port, write_rate=settings.write_rate)
-    image = folder / "images" / f"{machine.name}.raw"
-    guest = build_guest(image, size=settings.disk_size, settings=guest_settings, kernel=find_kernel())
-    SourceVm.create(
-        folder / "host" / "backend" / machine.uuid,
-        name=machine.name,
-        guest=guest,
-        memory=MEMORY,
-        accel="kvm" if kvm_works() else "tcg",
-        vm_uuid=machine.uuid,
-        macs=[machine.mac],
-    )
-    image.unlink()  # copied; the VM has its own
-    log.info("guest %s is built", machine.name)
+    return build_host(folder, machines=specs, options=options, lifetime=Lifetime.OUTLIVES_US)

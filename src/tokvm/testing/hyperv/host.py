@@ -120,6 +120,10 @@ class HyperVHost(PlayedHost):
         id_ = _vm_named(state, name)["id"]
         return [one for one in state["checkpoints"] if one["vm"] == id_]
 
+    def snapshots(self, name: str) -> list[Checkpoint]:
+        """As the other played hosts call them."""
+        return self.checkpoints(name)
+
     def chain(self, name: str, disk: int = 0) -> list[str]:
         """Windows paths of a disk's files, top first."""
         state = self.state()
