@@ -22,9 +22,9 @@ from tokvm.testing.vhdx_structs import BlockState
 SIZE = 9 * MiB + 512
 
 
-def by_tokvm(files: list[Path]) -> bytes:
+def by_tokvm(files: list[Path], kind: str = "vhdx") -> bytes:
     """files: base first."""
-    layers = open_layers([str(file) for file in files], lambda _: "vhdx")
+    layers = open_layers([str(file) for file in files], lambda _: kind)
     reader = ChainReader(Chain.open(layers))
     raw = bytearray(reader.size)
     try:

@@ -12,7 +12,7 @@ from uuid import UUID
 
 from tokvm.core.errors import ConnectionLost, ImageError
 from tokvm.core.units import GiB, MiB
-from tokvm.remote.process import Completed
+from tokvm.remote.conversation import Conversation
 from tokvm.remote.sftp import Attributes, RemoteFileError, SftpClient
 from tokvm.sources.hyperv.faults import Failure, HyperVError, explain
 from tokvm.sources.hyperv.powershell import Value
@@ -305,7 +305,7 @@ class FakeHost:
         assert self._server is not None, "no file was to be read"
         return self._server.sftp()
 
-    def run_line(self, command: str, **_: object) -> Completed:
+    def converse(self, command: str) -> Conversation:
         raise AssertionError(f"not through the shell: {command}")
 
     def fingerprint(self) -> str:

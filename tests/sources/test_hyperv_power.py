@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -156,6 +157,51 @@ def test_a_guest_that_cannot_be_asked_yet_is_asked_again(shell: FakeShell, sourc
     source.shut_down(VM, deadline_s=10, force=False)
     assert [data["ask"] for data in shell.sent("shutdown")] == [True] * 4
     assert shell.vm.state == 3
+
+
+SILENT: Value = {"answer": 32768, "state": 2}
+
+
+def test_a_guest_that_does_not_answer_yet_is_asked_until_the_deadline_and_that_is_said(
+    shell: FakeShell, source: HyperVSource, caplog: pytest.LogCaptureFixture
+) -> None:
+    shell.script["shutdown"] = [dict(SILENT) for _ in range(1000)]
+    with pytest.raises(NotOff, match=r"does not answer \(32768\): it is still booting"):
+        source.shut_down(VM, deadline_s=0.2, force=False)
+    assert len(shell.sent("shutdown")) > 2
+    assert all(data["ask"] for data in shell.sent("shutdown"))
+    (told,) = [one.getMessage() for one in caplog.records if "cannot be shut down yet" in one.getMessage()]
+    assert "still booting" in told
+    shell.script["shutdown"] = [dict(SILENT), {"answer": 32780, "state": 2}, {"answer": 32782, "state": 2}]
+    shell.script["shutdown"].append(lambda _: {"answer": None, **shell.vm.turn_off({})})
+    source.shut_down(VM, deadline_s=60, force=False)
+    assert [data["ask"] for data in shell.sent("shutdown")][-4:] == [True, True, True, False]
+
+
+def test_force_does_not_cut_the_power_of_a_silent_guest_before_its_time(shell: FakeShell, source: HyperVSource) -> None:
+    """It may be in the middle of installing updates."""
+    shell.script["shutdown"] = [dict(SILENT) for _ in range(1000)]
+    begun = time.monotonic()
+    source.shut_down(VM, deadline_s=0.3, force=True)
+    assert time.monotonic() - begun >= 0.3
+    assert [script for script, _ in shell.log][-2:] == ["turn-off", "power"]
+
+
+def test_who_comes_after_us_counts_from_when_the_guest_was_last_asked(
+    shell: FakeShell, source: HyperVSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(power, "NOTED_S", 0.0)
+    shell.vm.obeys = False
+
+    def later(_: Value) -> Value:
+        shell.vm.now += 100
+        return dict(SILENT)
+
+    shell.script["shutdown"] = [later, later, later, later]
+    with pytest.raises(NotOff):
+        source.shut_down(VM, deadline_s=0.3, force=False)
+    assert line(shell)["asked"] == shell.vm.now
+    assert source.stop_pending(VM)
 
 
 def test_a_refusal_that_will_not_change_is_told(shell: FakeShell, source: HyperVSource) -> None:

@@ -74,6 +74,36 @@ def test_a_script_uses_known_commands_only(name: str) -> None:
     assert set(re.findall(r"\b[A-Z][A-Za-z]+-[A-Z][A-Za-z]+\b", code)) <= COMMANDS
 
 
+def code_of(name: str) -> str:
+    return "\n".join(line for line in powershell.script_text(name).splitlines() if not line.startswith("#"))
+
+
+def variables(code: str) -> set[str]:
+    return {found.lower() for found in re.findall(r"\$([A-Za-z_][A-Za-z0-9_]*)", code)}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_leaves_nothing_to_the_next_and_takes_nothing_from_the_one_before(name: str) -> None:
+    """One PowerShell runs them all, one after another, each in a scope below the bootstrap's."""
+    code = code_of(name)
+    assert not re.search(r"\$(global|script|using):|\$env:\w+ =|\b(Set|New)-(Variable|Alias|PSDrive)\b", code, re.IGNORECASE)
+    assert not re.search(r"\bexit\b|preference", code, re.IGNORECASE)
+    opened = re.findall(r"\$(\w+) = (?:New-Object System\.Threading\.Mutex|\[System\.IO\.File\]::Open)", code)
+    assert all(f"${one}.Dispose()" in code for one in opened)
+    released = re.findall(r"finally {\n    \$mutex\.ReleaseMutex\(\)\n    \$mutex\.Dispose\(\)", code)
+    assert len(released) == code.count("Threading.Mutex ")
+    for shared in variables(code) & (variables(powershell.BOOTSTRAP) - {"_", "null", "true", "false", "data"}):
+        first = re.search(rf"\${shared}\b(.{{0,3}})", code, re.IGNORECASE)
+        assert first is not None
+        assert first[1].startswith(" = "), f"${shared} is the bootstrap's where it was not set"
+
+
+def test_nobody_but_the_bootstrap_reads_the_input() -> None:
+    """`$input` anywhere makes PowerShell read it as well (ConsoleHost.cs: IsUsingDollarInput)."""
+    assert "input" not in variables("\n".join([powershell.BOOTSTRAP, *map(code_of, SCRIPTS)]))
+    assert " -InputFormat None " in powershell.COMMAND
+
+
 def test_every_script_is_on_the_page_and_no_other() -> None:
     page = PAGE.read_text("utf-8")
     assert set(re.findall(r"\*\*([a-z-]+)\*\* `\{", page)) == set(SCRIPTS)

@@ -1,6 +1,7 @@
 """A host whose every command, stream and file request is written into a transcript.
 
     SshHost        ◄── RecordedHost       commands with all they said
+    Conversation   ◄── RecordedTalk       each request with its answer
     RemoteStream   ◄── RecordedStream     how much came, when the first byte did, how it ended
     SftpClient     ◄── RecordedSftp       each request with its path; of a file's content only how much was read
 
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from tokvm.core.errors import TokvmError
+from tokvm.remote.conversation import Conversation, IsWhole, Reply
 from tokvm.remote.process import Child, Completed, Stdin
 from tokvm.remote.recording import Exchange, Kind, Recorder
 from tokvm.remote.sftp import Attributes, DirectoryEntry, SftpClient
@@ -43,6 +45,15 @@ class RecordedHost(SshHost):
         exchange.completed(done)
         return done
 
+    def converse(self, command: str) -> Conversation:
+        """What cannot even be started stands there as a request that was not sent."""
+        try:
+            child = self._talker(command)
+        except BaseException as error:
+            self._recorder.sent(Kind.REQUEST, self.where, command).failed(error)
+            raise
+        return RecordedTalk(self._recorder, child, where=self.where, command=command)
+
     def stream(self, command: str, *, deadline_s: float | None = None, first_byte_s: float = 0.0) -> RemoteStream:
         exchange = self._recorder.sent(Kind.STREAM, self.where, command)
         child = self._started(exchange, lambda: self._data_connection(self._command(command)))
@@ -61,6 +72,22 @@ class RecordedHost(SshHost):
         except BaseException as error:
             exchange.failed(error)
             raise
+
+
+class RecordedTalk(Conversation):
+    def __init__(self, recorder: Recorder, child: Child, *, where: str, command: str) -> None:
+        super().__init__(child, where=where, command=command)
+        self._recorder = recorder
+
+    def request(self, data: bytes, is_whole: IsWhole, *, timeout_s: float) -> Reply:
+        exchange = self._recorder.sent(Kind.REQUEST, self._where, self._command, stdin=data)
+        try:
+            reply = super().request(data, is_whole, timeout_s=timeout_s)
+        except BaseException as error:
+            exchange.failed(error, stdout=bytes(self._said))
+            raise
+        exchange.ended(code=reply.code, stdout=reply.stdout, stderr=reply.stderr)
+        return reply
 
 
 class RecordedStream(RemoteStream):

@@ -5,8 +5,9 @@
     {"event": "begin", "format": 1, "time": …, "tokvm": …, "verb": "sync", "typed": "tokvm sync …"}
     {"event": "sent",  "n": 1, "time": …, "kind": "command", "host": "ssh://root@xen1", "command": "xe …", "stdin": …}
     {"event": "ended", "n": 1, "seconds": 0.012, "code": 0, "stdout": "…", "stderr": "…", "stdout_cut": {"bytes", "sha256"}}
-    {"event": "sent",  "n": 2, …, "kind": "stream", …}           {"event": "ended", "n": 2, …, "received": bytes, "code": 0}
-    {"event": "sent",  "n": 3, …, "kind": "sftp", …}             {"event": "step",  "n": 3, "op": "open", "path": …, "size": …}
+    {"event": "sent",  "n": 2, …, "kind": "request", …}          {"event": "ended", "n": 2, …, "code": null: it goes on, …}
+    {"event": "sent",  "n": 3, …, "kind": "stream", …}           {"event": "ended", "n": 3, …, "received": bytes, "code": 0}
+    {"event": "sent",  "n": 4, …, "kind": "sftp", …}             {"event": "step",  "n": 4, "op": "open", "path": …, "size": …}
     {"event": "end",   "time": …, "seconds": …, "error": {"class", "what"}}
 
 Where a command, its input or its answer holds base64 of a text (PowerShell's -EncodedCommand), `command_decoded` and so on list
@@ -65,8 +66,10 @@ class Kind(StrEnum):
     """What was opened on the host."""
 
     COMMAND = "command"
+    REQUEST = "request"
     STREAM = "stream"
     SFTP = "sftp"
+    SMB = "smb"
 
 
 class Exchange:

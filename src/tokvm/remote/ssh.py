@@ -1,6 +1,7 @@
 """A host over ssh: commands, streams and files.
 
     SshHost ─┬─ control connection (one login) ── run, run_line      ssh -S socket … command
+             │                                 └─ converse(command)  ssh -S socket … command, for many requests
              ├─ data connection ───────────────── stream(command)    ssh … command
              └─ data connection ───────────────── sftp()             ssh -s … sftp
 
@@ -16,6 +17,7 @@ from tokvm.core.errors import ConnectionLost, UsageError
 from tokvm.core.text import readable
 from tokvm.remote import hostkeys, process
 from tokvm.remote.control import ENVIRONMENT, ControlConnection
+from tokvm.remote.conversation import Conversation
 from tokvm.remote.errors import SSH_FAILED, RemoteCommandError, connection_error
 from tokvm.remote.process import Completed
 from tokvm.remote.sftp import SftpClient
@@ -74,6 +76,13 @@ class SshHost:
             raise RemoteCommandError(command, done, where=self.where)
         return done
 
+    def converse(self, command: str) -> Conversation:
+        """Start an already quoted command line that answers requests on its stdin, over the control connection.
+
+        Comes back before the command has begun: the first request shows whether it does.
+        """
+        return Conversation(self._talker(command), where=self.where, command=command)
+
     def stream(self, command: str, *, deadline_s: float | None = None, first_byte_s: float = 0.0) -> RemoteStream:
         """What an already quoted command line writes to stdout, on a data connection of its own.
 
@@ -95,13 +104,18 @@ class SshHost:
         return ", ".join(hostkeys.believed_fingerprints(self.config))
 
     def close(self) -> None:
-        """Hang up. Streams and sftp clients are their owners' to close."""
+        """Hang up. Streams, conversations and sftp clients are their owners' to close."""
         self._control.close()
 
     def _complete(self, command: str, *, input: bytes | None, timeout_s: float) -> Completed:  # noqa: A002
         """One command over the control connection, however it ends."""
-        argv = [*self._argv(f"ControlPath={self._control.path()}"), *self._command(command)]
-        return process.run(argv, input=input, timeout_s=timeout_s, where=self.where, env=ENVIRONMENT)
+        return process.run(self._over_control(command), input=input, timeout_s=timeout_s, where=self.where, env=ENVIRONMENT)
+
+    def _talker(self, command: str) -> process.Child:
+        return process.start(self._over_control(command), where=self.where, stdin=process.Stdin.PIPE, env=ENVIRONMENT)
+
+    def _over_control(self, command: str) -> list[process.Argument]:
+        return [*self._argv(f"ControlPath={self._control.path()}"), *self._command(command)]
 
     def _data_connection(
         self, arguments: Sequence[process.Argument], *, stdin: process.Stdin = process.Stdin.NULL

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from tokvm.core.machine import Finding, PowerState, Severity, VirtualMachine
 from tokvm.core.text import readable
@@ -20,8 +20,11 @@ _THIN_MARGIN = 10  # a volume should have room for 1/10 of the disks while our c
 _FORMATS = ("VHD", "VHDX")
 
 
-def findings(shell: Asking, vm: VirtualMachine, own: set[str]) -> list[Finding]:
-    """`own`: owners' names under which this process holds VMs."""
+Problem = Callable[[str], str]
+
+
+def findings(shell: Asking, vm: VirtualMachine, own: set[str], *, unreachable: Problem = problem) -> list[Finding]:
+    """`own`: owners' names under which this process holds VMs. `unreachable`: why a file cannot be read, "" if it can."""
     try:
         found = inventory.look_inside(shell, vm.uuid)
         record_line = record.look(shell, vm.uuid).record
@@ -36,7 +39,7 @@ def findings(shell: Asking, vm: VirtualMachine, own: set[str]) -> list[Finding]:
         *_held(shell, found, record_line, own),
         *_cluster(found, ready),
         *_checkpoints(found, ready),
-        *_disks(vm, found, ready),
+        *_disks(vm, found, ready, unreachable),
     ]
 
 
@@ -219,7 +222,7 @@ def _others_checkpoints(found: Inspection, ready: _Ready) -> Iterator[Finding]:
         )
 
 
-def _disks(vm: VirtualMachine, found: Inspection, ready: _Ready) -> Iterator[Finding]:
+def _disks(vm: VirtualMachine, found: Inspection, ready: _Ready, unreachable: Problem) -> Iterator[Finding]:
     copied = inventory.copied_disks(found)
     if not found.disks:
         yield _blocker("it has no disk", "nothing to copy: make a new VM on the target")
@@ -228,11 +231,11 @@ def _disks(vm: VirtualMachine, found: Inspection, ready: _Ready) -> Iterator[Fin
         yield _blocker("its disks changed while it was looked at", "run the same command again")
         return
     for disk in found.disks:
-        yield from _disk(disk, ready)
+        yield from _disk(disk, ready, unreachable)
     yield from _room(copied)
 
 
-def _disk(disk: RunningDisk, ready: _Ready) -> Iterator[Finding]:
+def _disk(disk: RunningDisk, ready: _Ready, unreachable: Problem) -> Iterator[Finding]:
     where = f"disk {disk.slot}"
     if disk.pass_through is not None:
         yield _blocker(
@@ -249,13 +252,13 @@ def _disk(disk: RunningDisk, ready: _Ready) -> Iterator[Finding]:
         )
     if disk.slot.controller == "PMEM":
         yield _blocker("it is persistent memory, not a disk", "copy what it holds inside the guest, then remove it", where)
-    yield from _layers(disk, where, ready)
+    yield from _layers(disk, where, ready, unreachable)
 
 
-def _layers(disk: RunningDisk, where: str, ready: _Ready) -> Iterator[Finding]:
-    unreachable = next(((layer.path, problem(layer.path)) for layer in disk.layers if problem(layer.path)), None)
-    if unreachable is not None:
-        path, why = unreachable
+def _layers(disk: RunningDisk, where: str, ready: _Ready, unreachable: Problem) -> Iterator[Finding]:
+    far = next(((layer.path, why) for layer in disk.layers if (why := unreachable(layer.path))), None)
+    if far is not None:
+        path, why = far
         yield _blocker(
             f"{readable(path, limit=200)}: {why}",
             ready.pipe("Move-VMStorage -DestinationStoragePath …") + " (a volume of this host with a drive letter)",

@@ -1,4 +1,4 @@
-"""A frozen disk's bytes: the layers below what the VM writes, read over SFTP where they lie.
+"""A frozen disk's bytes: the layers below what the VM writes, read where they lie, over SFTP or SMB.
 
     the VM writes   d_C.avhdx                          never opened
     checkpoint 2    d_B.avhdx ┐ delta of 2 since 1      at = d_B, since = d_A: the layers above d_A, up to d_B
@@ -13,20 +13,18 @@ end of a pass each layer's headers are read again, before the pass may count: wh
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
-from tokvm.core.disk import Chunk, DiskReader
-from tokvm.core.errors import ImageError, SourceError
-from tokvm.core.extents import ExtentMap
+from tokvm.core.disk import DiskReader
+from tokvm.core.errors import SourceError
 from tokvm.core.machine import Disk, Snapshot
 from tokvm.images.base import Layer, ReadAt
 from tokvm.images.chain import Chain
 from tokvm.images.open import open_image
-from tokvm.images.reader import ChainReader
+from tokvm.sources.frozen import FrozenDisk, FrozenFile
 from tokvm.sources.hyperv import snapshots
-from tokvm.sources.hyperv.files import Lanes, RemoteFile
+from tokvm.sources.hyperv.frozen_file import Files
 from tokvm.sources.hyperv.machine import MERGING, RunningDisk, Stack
-from tokvm.sources.hyperv.paths import same, sftp_path
+from tokvm.sources.hyperv.paths import same
 from tokvm.sources.hyperv.powershell import Asking
 
 LONG_PASS_S = 60.0
@@ -36,32 +34,32 @@ SETTLE_S = 30.0  # a merge under way when a disk is opened is waited for so long
 _FORMATS = {"VHD": "vhd", "VHDX": "vhdx"}
 
 
-def open_disk(shell: Asking, lanes: Lanes, disk: Disk, at: Snapshot, since: Snapshot | None) -> DiskReader:
+def open_disk(shell: Asking, files: Files, disk: Disk, at: Snapshot, since: Snapshot | None) -> DiskReader:
     paths = _Paths(shell, disk, at, since)
     wanted = paths.find()
-    files: list[RemoteFile] = []
+    opened: list[FrozenFile] = []
     try:
         layers: list[Layer] = []
         for path, kind in wanted.layers:
-            file = lanes.open(sftp_path(path, where=shell.where), name=f"{shell.where} {path}")
-            files.append(file)
+            file = files.open_layer(path, drive=wanted.drive, where=shell.where)
+            opened.append(file)
             layers.append(open_image(file, expect=kind))
         chain = Chain.open(layers)
         if chain.partial != (since is not None):
             raise paths.error("the lowest layer is no base, or is one where a delta was expected", "see Get-VHD on the host")
         if wanted.below is not None:
-            _check_lowest(shell, lanes, layers[0], wanted.below)
-        return FrozenDisk(chain, files, paths, wanted)
+            _check_lowest(files, layers[0], wanted.below, drive=wanted.drive, where=shell.where)
+        return FrozenDisk(chain, opened, lambda: paths.find() == wanted, changed=_changed, long_pass_s=LONG_PASS_S)
     except BaseException:
-        for file in files:
+        for file in opened:
             file.close()
         raise
 
 
-def _check_lowest(shell: Asking, lanes: Lanes, lowest: Layer, below: tuple[str, str]) -> None:
+def _check_lowest(files: Files, lowest: Layer, below: tuple[str, str], *, drive: str, where: str) -> None:
     """The delta must lie on what `since` froze, not on what somebody put there meanwhile."""
     path, kind = below
-    file: ReadAt = lanes.open(sftp_path(path, where=shell.where), name=f"{shell.where} {path}")
+    file: ReadAt = files.open_layer(path, drive=drive, where=where)
     try:
         Chain.open([open_image(file, expect=kind), lowest])
     finally:
@@ -69,11 +67,12 @@ def _check_lowest(shell: Asking, lanes: Lanes, lowest: Layer, below: tuple[str, 
 
 
 class _Wanted:
-    """`layers`: (path, format), base first. `below`: what `since` froze; None for a base."""
+    """`layers`: (path, format), base first. `below`: what `since` froze; None for a base. `drive`: the VM's setting."""
 
-    def __init__(self, layers: tuple[tuple[str, str], ...], below: tuple[str, str] | None) -> None:
+    def __init__(self, layers: tuple[tuple[str, str], ...], below: tuple[str, str] | None, drive: str) -> None:
         self.layers = layers
         self.below = below
+        self.drive = drive
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Wanted):
@@ -106,7 +105,7 @@ class _Paths:
             raise self.error(f"the snapshot {self._at.mark} is of no use: {what}", "a checkpoint was applied on the host")
         layers = [(one.path, self._format(one.format)) for one in running.layers[top : end + 1]]
         below = None if self._since is None else layers.pop()
-        return _Wanted(tuple(reversed(layers)), below)
+        return _Wanted(tuple(reversed(layers)), below, running.path)
 
     def _settled(self) -> Stack:
         """The VM's files while no merge is at work on them."""
@@ -141,52 +140,6 @@ class _Paths:
 
     def error(self, what: str, fix: str) -> SourceError:
         return SourceError(what, where=f"{self._shell.where} disk {self._disk.key}", fix=fix)
-
-
-class FrozenDisk:
-    """A ChainReader whose last word is whether what it read was frozen. Implements `core.disk.DiskReader`."""
-
-    def __init__(self, chain: Chain, files: list[RemoteFile], paths: _Paths, wanted: _Wanted) -> None:
-        self._reader = ChainReader(chain)
-        self._files = files
-        self._paths = paths
-        self._wanted = wanted
-
-    @property
-    def size(self) -> int:
-        return self._reader.size
-
-    @property
-    def fingerprint(self) -> str:
-        return self._reader.fingerprint
-
-    @property
-    def total(self) -> int:
-        return self._reader.total
-
-    def covered(self) -> Iterator[ExtentMap]:
-        return self._reader.covered()
-
-    def chunks(self, position: int = 0) -> Iterator[Chunk]:
-        begun = time.monotonic()
-        try:
-            yield from self._reader.chunks(position)
-        except ImageError:
-            self.verify_unchanged()  # torn structures of a file that is being merged are no damage
-            raise
-        self.verify_unchanged(ask_host=time.monotonic() - begun > LONG_PASS_S)
-
-    def verify_unchanged(self, *, ask_host: bool = False) -> None:
-        """SourceError when a layer was written to since it was opened, or the chain is another one now."""
-        for file in self._files:
-            if not file.is_unchanged():
-                raise _changed(file.name)
-        if ask_host and self._paths.find() != self._wanted:
-            raise _changed(self._files[-1].name)
-
-    def close(self) -> None:
-        for file in self._files:
-            file.close()
 
 
 def _changed(name: str) -> SourceError:

@@ -100,7 +100,8 @@ _BY_TYPE = {
 _WORDS: dict[Fault, tuple[str, str]] = {
     Fault.NO_SUCH_VM: (
         "this host has no such VM (any more)",
-        "look with `tokvm ls`; in a cluster it may have moved: name its owner node in the source's URL",
+        "look with `tokvm ls`; in a cluster it may have moved: move it back to this node, on which its migration was begun "
+        "(Move-ClusterVirtualMachineRole), then run the same command again",
     ),
     Fault.BAD_STATE: (
         "the VM is not in a state that allows this",
@@ -110,16 +111,16 @@ _WORDS: dict[Fault, tuple[str, str]] = {
     Fault.MERGING: ("a merge of checkpoints is in progress", "wait until Hyper-V Manager shows no merge, then again"),
     Fault.ACCESS_DENIED: (
         "the user we are logged in as may not do this",
-        "log in as a member of the host's Administrators (Hyper-V Administrators cannot read every disk file)",
+        "log in as a member of the host's Administrators (Hyper-V Administrators cannot read every disk file), then again",
     ),
     Fault.NO_MODULE: (
         "a command is missing: Hyper-V's (or the cluster's) PowerShell module is not there",
         "Install-WindowsFeature Hyper-V-PowerShell (a cluster's node: RSAT-Clustering-PowerShell too)",
     ),
     Fault.NO_SUCH_FILE: ("a file is not there", "a merge may have moved the disks; run the same command again"),
-    Fault.NO_ROOM: ("there is no room left", "free space on the volume of the VM's disks, or memory on the host"),
+    Fault.NO_ROOM: ("there is no room left", "free space on the volume of the VM's disks, or memory on the host, then again"),
     Fault.TIMEOUT: ("the host did not finish in its own time", "see whether its management service (vmms) is busy; then again"),
-    Fault.UNKNOWN: ("it failed", "try the same in PowerShell on the host; the event log Hyper-V-VMMS says more"),
+    Fault.UNKNOWN: ("it failed", "the event log Hyper-V-VMMS on the host says more; mend it there, then again"),
 }
 
 

@@ -31,8 +31,14 @@ FORCED_S = 120.0
 START_S = 300.0
 POLL_S = 1.0
 _SLACK_S = 120.0  # for PowerShell to load and the module to answer
-_ACCEPTED = (0, 4096)
+NOTED_S = 10.0  # how old the record of when we asked may be when we ask again
+# Msvm_ShutdownComponent.InitiateShutdown, Microsoft's documentation: done, a job of its own, somebody asked already
+_ACCEPTED = (0, 4096, 32782)
 _NO_SERVICE = -1
+_NOT_YET = {
+    32768: "does not answer (32768): it is still booting, it hangs, or it lacks the integration services",
+    32780: "is not ready (32780): it is still booting",
+}
 
 
 def power(shell: Asking, vm: str) -> PowerState:
@@ -64,13 +70,16 @@ def off_evidence(shell: Asking, vm: str) -> OffEvidence:
 
 
 def shut_down(shell: Asking, vm: str, *, deadline_s: float, force: bool) -> None:
-    """Off, or NotOff. Cuts the power only if `force`: at the deadline, or when the guest cannot be asked."""
+    """Off, or NotOff. Cuts the power only if `force`: at the deadline, or when the guest can never be asked.
+
+    A guest that does not answer now may answer later. One that boots, or installs updates, is the last whose power to cut
+    before the time is up that the operator gave.
+    """
     deadline = time.monotonic() + deadline_s
     facts = record.look(shell, vm)
     if _is_off(shell, vm, facts):
         return
-    asked = facts.now_s
-    record.change(shell, vm, lambda found: replace(found, asked=asked), known=facts)
+    _note_asked(shell, vm, facts)
     refusal = _ask_guest(shell, vm, deadline)
     if power(shell, vm) is PowerState.OFF:
         return
@@ -93,32 +102,56 @@ def _is_off(shell: Asking, vm: str, facts: Facts) -> bool:
     return facts.power is PowerState.OFF
 
 
+def _note_asked(shell: Asking, vm: str, facts: Facts) -> None:
+    """Whoever comes after us knows until when the guest may stop."""
+    asked = facts.now_s
+    record.change(shell, vm, lambda found: replace(found, asked=asked), known=facts)
+
+
 def _ask_guest(shell: Asking, vm: str, deadline: float) -> str:
     """Ask, and look on until it is off or time is up. Returns why the guest could not be asked, if so."""
-    ask, refusal = True, ""
+    ask, refusal, noted = True, "", time.monotonic()
     while (left := deadline - time.monotonic()) > 0:
-        wait_s = min(WATCH_S, left)
         try:
-            data: dict[str, object] = {"vm": vm, "ask": ask, "wait": round(wait_s, 2)}
-            answer = Fields.of(shell.act("shutdown", data, timeout_s=wait_s + _SLACK_S), shell.where, "shutdown")
-            said = answer.number_or_none("answer", least=-1, most=1 << 32)
-            if answer.number("state", most=1 << 32) == OFF:
-                return ""
+            if ask and time.monotonic() - noted > NOTED_S:
+                _note_asked(shell, vm, record.look(shell, vm))
+                noted = time.monotonic()
+            said, is_off = _watch(shell, vm, ask=ask, wait_s=min(WATCH_S, left))
         except HyperVError as failed:
             if failed.fault not in (Fault.BAD_STATE, Fault.TIMEOUT):
                 return failed.what
-            said = None
+            said, is_off = None, False
         except ConnectionLost as lost:
             log.warning("VM %s: %s", vm, lost.what)
-            said, ask = None, True
+            said, ask, is_off = None, True, False
+        if is_off:
+            return ""
         if said == _NO_SERVICE:
             return "the guest has no shutdown service (integration services), so it cannot be asked"
         if ask and said not in _ACCEPTED:
-            refusal = "" if said is None else f"the guest's shutdown service answered {said}"
+            refusal = _told(vm, said, refusal, left)
             time.sleep(min(POLL_S, max(0.0, deadline - time.monotonic())))
         else:
             ask, refusal = False, ""
     return refusal
+
+
+def _watch(shell: Asking, vm: str, *, ask: bool, wait_s: float) -> tuple[int | None, bool]:
+    """(what the shutdown service answered, the VM is off)"""
+    data: dict[str, object] = {"vm": vm, "ask": ask, "wait": round(wait_s, 2)}
+    answer = Fields.of(shell.act("shutdown", data, timeout_s=wait_s + _SLACK_S), shell.where, "shutdown")
+    said = answer.number_or_none("answer", least=-1, most=1 << 32)
+    return said, answer.number("state", most=1 << 32) == OFF
+
+
+def _told(vm: str, said: int | None, before: str, left_s: float) -> str:
+    """Why the guest was not asked, told once as long as it stays the same."""
+    if said is None:
+        return ""
+    why = f"the guest {_NOT_YET[said]}" if said in _NOT_YET else f"the guest's shutdown service answered {said}"
+    if why != before:
+        log.warning("VM %s cannot be shut down yet: %s; it is asked again for %.0f s", vm, why, left_s)
+    return why
 
 
 def _cut(shell: Asking, vm: str) -> str:
@@ -176,5 +209,6 @@ def _not_off(shell: Asking, vm: str, why: str) -> NotOff:
     return NotOff(
         f"the VM is not off: {why}",
         where=f"{shell.where} VM {vm}",
-        fix="shut it down from inside the guest, give it more time, or allow cutting its power with --force-off",
+        fix="shut it down from inside the guest, give it more time (--deadline), or let its power be cut (--force-off); "
+        "then cut over again",
     )

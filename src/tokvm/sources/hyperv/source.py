@@ -1,8 +1,8 @@
-"""Hyper-V as a Source, over SSH alone. Each method is one line to the module that answers its question."""
+"""Hyper-V as a Source, over SSH or over WinRM and SMB. Each method is one line to the module that answers its question."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, cast, overload
 
 from tokvm.core.disk import DiskReader
 from tokvm.core.errors import SourceError, UsageError
@@ -12,30 +12,42 @@ from tokvm.sources.base import MachineSummary
 from tokvm.sources.hyperv import check, claims, disks, fence, inventory, power, snapshots
 from tokvm.sources.hyperv.answers import is_guid
 from tokvm.sources.hyperv.files import Connecting, Lanes
+from tokvm.sources.hyperv.frozen_file import Files
 from tokvm.sources.hyperv.powershell import Asking, PowerShell
 from tokvm.sources.hyperv.powershell import Host as Questioned
 
 DEFAULT_USER = "Administrator"
 
 
-class Host(Questioned, Connecting, Protocol):
-    """What is needed of `remote.ssh.SshHost`."""
+class Reached(Questioned, Protocol):
+    """A host whose PowerShell can be asked."""
 
     def fingerprint(self) -> str: ...
 
     def close(self) -> None: ...
 
 
+class Host(Reached, Connecting, Protocol):
+    """What is needed of `remote.ssh.SshHost`."""
+
+
 class HyperVSource:
     """Implements `sources.base.Source`. Thread-safe, except that one disk's reader belongs to one thread.
 
-    `shell`: who answers scripts, instead of the host's PowerShell.
+    `shell`: who answers scripts, instead of the host's PowerShell. `files`: how its disks are read, instead of over SFTP.
     """
 
-    def __init__(self, host: Host, *, shell: Asking | None = None) -> None:
+    @overload
+    def __init__(self, host: Host, *, shell: Asking | None = None) -> None: ...
+
+    @overload
+    def __init__(self, host: Reached, *, shell: Asking | None = None, files: Files) -> None: ...
+
+    def __init__(self, host: Reached, *, shell: Asking | None = None, files: Files | None = None) -> None:
         self._host = host
-        self._shell: Asking = shell or PowerShell(host)
-        self._lanes = Lanes(host)
+        self._powershell = PowerShell(host)
+        self._shell: Asking = shell or self._powershell
+        self._files: Files = files or Lanes(cast("Host", host))
         self._own: set[str] = set()
 
     @property
@@ -43,7 +55,7 @@ class HyperVSource:
         return self._host.where.replace("ssh://", "hyperv://", 1)
 
     def fingerprint(self) -> str:
-        """The host key(s) by which we know the host."""
+        """The host key(s), or the certificate, by which we know the host."""
         return self._host.fingerprint()
 
     def list_machines(self) -> list[MachineSummary]:
@@ -59,7 +71,8 @@ class HyperVSource:
             raise UsageError(
                 f"there is no VM {name_or_uuid!r}",
                 where=self.url,
-                fix="see `tokvm ls`; in a cluster, ask the node that owns it",
+                fix="see `tokvm ls`; in a cluster, name the node that owns it, or move a VM whose migration was begun here "
+                "back to this node, then run the same command again",
             )
         if len(found) > 1:
             listed = ", ".join(f"{machine.uuid} ({machine.power})" for machine in found)
@@ -74,7 +87,7 @@ class HyperVSource:
         return inventory.inspect(self._shell, self._known(uuid))
 
     def check(self, vm: VirtualMachine, *, owner: str = "") -> list[Finding]:
-        return check.findings(self._shell, vm, self._own | {owner})
+        return check.findings(self._shell, vm, self._own | {owner}, unreachable=self._files.problem)
 
     def claim(self, uuid: str, owner: str) -> str:
         holder = claims.claim(self._shell, self._known(uuid), owner)
@@ -95,14 +108,14 @@ class HyperVSource:
 
     def remove_snapshot(self, uuid: str, snapshot: Snapshot) -> None:
         """Waits for the merge too, so no disk of this source may be open: a merge waits for our handles."""
-        if self._lanes.open_files:
+        if self._files.open_files:
             raise SourceError(
                 f"{snapshot.mark} cannot be removed while disks are read", where=self.url, fix="close the readers first"
             )
         snapshots.remove(self._shell, self._known(uuid), snapshot)
 
     def open_disk(self, disk: Disk, at: Snapshot, since: Snapshot | None) -> DiskReader:
-        return disks.open_disk(self._shell, self._lanes, disk, at, since)
+        return disks.open_disk(self._shell, self._files, disk, at, since)
 
     def power(self, uuid: str) -> PowerState:
         return power.power(self._shell, self._known(uuid))
@@ -129,7 +142,8 @@ class HyperVSource:
         power.start(self._shell, self._known(uuid))
 
     def close(self) -> None:
-        self._lanes.close()
+        self._files.close()
+        self._powershell.close()
         self._host.close()
 
     def _known(self, uuid: str) -> str:

@@ -11,6 +11,7 @@ ABOUT_A_VM = ("checkpoints", "evidence", "inspect", "layers", "power", "start", 
 # name: (fields that must be there, fields that may)
 FIELDS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "list": (frozenset(), frozenset()),
+    "ping": (frozenset(), frozenset()),
     "checkpoint": (frozenset({"vm", "mark", "types"}), frozenset()),
     "remove-checkpoint": (frozenset({"vm", "id", "mark"}), frozenset()),
     "leftovers": (frozenset({"end"}), frozenset()),

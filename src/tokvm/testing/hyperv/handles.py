@@ -1,54 +1,18 @@
-"""Who holds which file: VMs their chains, merges their files, sftp-servers what they opened.
-
-handles/<pid>.json   {"pid", "tick", "started", "paths": {handle: Windows path}} of one sftp-server
-
-A process that is gone holds nothing, unless orphans are on: then what it held when its connection broke stays held by its
-record, as by the sftp-server.exe that Win32-OpenSSH sometimes leaves behind (its issue 1605), until the record is killed.
-"""
+"""Who holds which file: VMs their chains, merges their files, sftp-servers what they opened (persona.holders)."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-from typing import TypedDict
-
-from tokvm.testing import pids
 from tokvm.testing.hyperv.paths import key
 from tokvm.testing.hyperv.state import OFF, State, Store, chain
-from tokvm.testing.persona.store import replace
+from tokvm.testing.persona import holders as everybody
+from tokvm.testing.persona.holders import Holder, forget, is_alive, note
 
-
-class Holder(TypedDict):
-    pid: int
-    tick: int
-    started: float
-    paths: dict[str, str]
-
-
-def note(store: Store, holder: Holder) -> None:
-    replace(store.path("handles", f"{holder['pid']}.json"), json.dumps(holder))
-
-
-def forget(store: Store, pid: int) -> None:
-    store.path("handles", f"{pid}.json").unlink(missing_ok=True)
-
-
-def is_alive(holder: Holder) -> bool:
-    """A real process of ours; else it is only remembered."""
-    return pids.start_tick(holder["pid"]) == holder["tick"]
+__all__ = ["Holder", "forget", "held", "holders", "is_alive", "locked", "note", "pairs", "used"]
 
 
 def holders(store: Store, state: State) -> list[Holder]:
-    """Every sftp-server there is: the living, and the orphans that hold something."""
-    found = []
-    for path in sorted(store.path("handles").glob("*.json")):
-        with contextlib.suppress(FileNotFoundError):
-            holder: Holder = json.loads(path.read_text(encoding="ascii"))
-            if is_alive(holder) or (state["options"]["orphans"] and holder["paths"]):
-                found.append(holder)
-            else:
-                path.unlink(missing_ok=True)
-    return found
+    """Every sftp-server there is: the living, and the orphans (Win32-OpenSSH's issue 1605) that hold something."""
+    return everybody.holders(store, orphans=state["options"]["orphans"])
 
 
 def held(store: Store, state: State) -> set[str]:

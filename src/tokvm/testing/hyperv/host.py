@@ -157,6 +157,10 @@ class HyperVHost(PlayedHost):
         """(Windows path, refused) of each file that sftp was asked for."""
         return [(str(row["sftp"]), bool(row["refused"])) for row in self._log("commands.log") if "sftp" in row]
 
+    def powershells(self) -> int:
+        """How many powershell.exe were started so far."""
+        return sum("started" in row for row in self._log("commands.log"))
+
     def holders(self) -> list[handles.Holder]:
         """The sftp-servers there are, orphans too."""
         return handles.holders(self.store, self.store.read())
@@ -269,6 +273,10 @@ class HyperVHost(PlayedHost):
     def delete_checkpoint(self, name: str, id_: str) -> None:
         """Somebody deletes it: its merge begins, or waits until nobody reads the files."""
         self._change(name, lambda state, _vm: self._vmms.remove(state, id_, wait_for_readers=True))
+
+    def apply_checkpoint(self, name: str, id_: str) -> None:
+        """File backend. Somebody goes back to it: the VM is off, and its disks are as they were then."""
+        self._change(name, lambda state, vm: self._vmms.apply(state, vm, id_, self.guests.revert))
 
     def finish_merges(self) -> None:
         """Whatever is being merged is done now."""

@@ -1,7 +1,8 @@
 """The forced command: one process per command line, as powershell.exe is, and one per sftp session.
 
-    sshd ─ SSH_ORIGINAL_COMMAND ─┬─► the bootstrap ─ stdin ─► script by its hash ─► data ─► faults ─► act ─► @@B … @@E
-                                 └─► sftp-server
+    sshd ─ SSH_ORIGINAL_COMMAND ─┬─► the bootstrap ─► stdin ─► script by its hash ─► data ─► faults ─► act ─► @@B … @@E ─┐
+                                 │                      ▲                                                              │
+                                 └─► sftp-server        └──────────────── until the end of stdin ──────────────────────┘
 
 What no row of the contract allows fails and is recorded in STATE_DIR/violations. Must start fast (no numpy, no site): tests
 run it thousands of times.
@@ -35,6 +36,10 @@ class Drop(Exception):
 class Persona:
     def __init__(self, folder: Path) -> None:
         self.store = Store(folder)
+        self.look()
+
+    def look(self) -> None:
+        """How the host is set up now: a powershell.exe may live long."""
         self.options = self.store.read()["options"]
         self.vmms = Vmms(self.store, backend.load(self.options["backend"], self.store.path("backend")))
 
@@ -47,7 +52,8 @@ class Persona:
             return 0
         try:
             shell.check_command(line, self.store.path("bootstrap.ps1").read_text(encoding="ascii"))
-            return self._answer_request(_read_all())
+            self.store.append("commands.log", {"pid": os.getpid(), "started": "powershell.exe"})
+            return self._answer_requests()
         except NotInContract as refused:
             self.store.append("commands.log", {"pid": os.getpid(), "command": line[:200]})
             self.store.append("violations", {"command": line, "why": str(refused)})
@@ -59,12 +65,25 @@ class Persona:
         except BrokenPipeError:
             return NOBODY
 
-    def _answer_request(self, raw: bytes) -> int:
+    def _answer_requests(self) -> int:
+        """One after another, until there is no more or powershell.exe ends before."""
+        with open(0, "rb", closefd=False) as stdin:
+            while raw := shell.read_request(stdin):
+                self.look()
+                code = self._answer_request(raw)
+                if code is not None:
+                    return code
+        return 0
+
+    def _answer_request(self, raw: bytes) -> int | None:
+        """None: it goes on. A number: powershell.exe ends with it."""
+        tag = shell.tag_of(raw)
         try:
             name, text, data = shell.parse_request(raw)
         except HostError as error:
             self.store.append("commands.log", {"pid": os.getpid(), "command": "a request cut short"})
-            return self._print(_failure(error))
+            self._print(tag, _failure(error))
+            return 0
         self.store.append("commands.log", {"pid": os.getpid(), "command": name, "data": text})
         checked = contract.check(name, data)
         hit = {fault["kind"]: fault for fault in faults.PLAN.take(self.store, lambda match: match in ("", name))}
@@ -87,7 +106,8 @@ class Persona:
             return 0
         if "error_after" in hit:
             answer = _failure(_planned(hit["error_after"]))
-        return self._print(answer, cut="cut_answer" in hit)
+        self._print(tag, answer, cut="cut_answer" in hit)
+        return 0 if "cut_answer" in hit else None
 
     def _do(self, name: str, data: contract.Data) -> dict[str, object]:
         value: dict[str, object] = {}
@@ -105,12 +125,11 @@ class Persona:
 
         with_state(self.vmms, act)
 
-    def _print(self, answer: dict[str, object], *, cut: bool = False) -> int:
+    def _print(self, tag: str, answer: dict[str, object], *, cut: bool = False) -> None:
         if self.options["banner"]:
             _write(2, shell.encoded(shell.NOISE, self.options))
-        said = shell.framed(answer, self.options)
+        said = shell.framed({"tag": tag, **answer}, self.options)
         _write(1, said[: len(said) // 2] if cut else said)
-        return 0
 
 
 def _planned(fault: faults.Fault) -> HostError:
@@ -120,13 +139,6 @@ def _planned(fault: faults.Fault) -> HostError:
 
 def _failure(error: HostError) -> dict[str, object]:
     return {"ok": False, "type": error.type, "message": error.message, "hresult": error.hresult, "id": error.id}
-
-
-def _read_all() -> bytes:
-    raw = b""
-    while piece := os.read(0, 1 << 16):
-        raw += piece
-    return raw
 
 
 def _write(file: int, data: bytes) -> None:

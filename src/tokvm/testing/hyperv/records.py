@@ -50,7 +50,7 @@ def layer(vhd: Vhd) -> Value:
     return {
         "path": vhd["path"],
         "parent": vhd["parent"],
-        "format": "VHDX",
+        "format": vhd["format"],
         "size": vhd["size"],
         "diskId": vhd["identifier"].upper(),
     }

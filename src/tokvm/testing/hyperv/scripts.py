@@ -56,6 +56,10 @@ def list_(_vmms: Vmms, state: State, _data: Data) -> Value:
     return {"host": state["options"]["node"], "machines": machines}
 
 
+def ping(_vmms: Vmms, _state: State, _data: Data) -> Value:
+    return {}
+
+
 def inspect(vmms: Vmms, state: State, data: Data) -> Value:
     vm = _vm(state, data)
     fields, second = vm["fields"], vm["fields"]["Generation"] == 2
@@ -250,6 +254,7 @@ def leftovers(vmms: Vmms, state: State, data: Data) -> Value:
 
 ACTS: dict[str, Act] = {
     "list": list_,
+    "ping": ping,
     "inspect": inspect,
     "layers": layers,
     "checkpoints": checkpoints,

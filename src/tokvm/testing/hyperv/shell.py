@@ -1,4 +1,4 @@
-r"""What goes over the wire: the one command line, the request on stdin, the answer on stdout; and how a shell refuses the rest.
+r"""What goes over the wire: the one command line, requests on stdin, their answers on stdout; and how a shell refuses the rest.
 
 Get-VHD 'C:\x.vhdx'     cmd.exe:      'Get-VHD' is not recognized as an internal or external command, …
                         PowerShell:   Get-VHD : The term 'Get-VHD' is not recognized as the name of a cmdlet, …
@@ -10,15 +10,18 @@ import base64
 import binascii
 import json
 from pathlib import Path
+from typing import BinaryIO
 
 import tokvm
 from tokvm.testing.hyperv.errors import OPERATION_FAILED, HostError, NotInContract
 from tokvm.testing.hyperv.state import Options
 
-PREFIX = "powershell.exe -NoProfile -NonInteractive -ExecutionPolicy Bypass -EncodedCommand "
+PREFIX = "powershell.exe -NoProfile -NonInteractive -ExecutionPolicy Bypass -InputFormat None -EncodedCommand "
 SUBSYSTEM = "sftp-server.exe"
 LONGEST_LINE = 8191  # of cmd.exe
 WHOLE = b"@@X"
+LINES = 4  # of a request: tag, script, data, WHOLE
+TAG_LENGTH = 16
 BANNER = "Willkommen auf dem Server für Prüfzwecke – Zugriff nur für Berechtigte. Größe: 5 µ\r\n@@B ist hier kein Anfang\r\n"
 FAREWELL = "Die Sitzung wird geschlossen. Auf Wiedersehen, schönen Tag noch\r\n@@E oder so\r\n"
 NOISE = (
@@ -46,16 +49,26 @@ def check_command(line: str, bootstrap: str) -> None:
         raise NotInContract(f"the bootstrap is another one: {text[:200]!r}")
 
 
+def read_request(stdin: BinaryIO) -> bytes:
+    """The lines of the next request, as many as come; nothing at the end."""
+    return b"".join(stdin.readline() for _ in range(LINES))
+
+
+def tag_of(raw: bytes) -> str:
+    """What the answer bears, whatever else is wrong with the request."""
+    return raw.split(b"\n")[0].decode("ascii", "replace")
+
+
 def parse_request(raw: bytes) -> tuple[str, str, object]:
     """(script's name, data as text, data). HostError when the request was cut short, NotInContract for anything else."""
     lines = raw.split(b"\n")
-    if len(lines) < 4 or lines[2] != WHOLE:
+    if len(lines) != LINES + 1 or lines[LINES - 1] != WHOLE:
         text = "TokvmCutShort"
         raise HostError("System.Management.Automation.RuntimeException", OPERATION_FAILED, text, text)
-    if lines[3:] != [b""]:
-        raise NotInContract("something is behind the end of the request")
+    if len(lines[0]) != TAG_LENGTH or not set(lines[0]) <= set(b"0123456789abcdef"):
+        raise NotInContract(f"the request bears no tag: {lines[0][:100]!r}")
     try:
-        script, data = (base64.b64decode(line, validate=True) for line in lines[:2])
+        script, data = (base64.b64decode(line, validate=True) for line in lines[1:3])
         text = data.decode("ascii")
         parsed: object = json.loads(text)
     except ValueError as exc:
@@ -75,10 +88,9 @@ def _name_of(script: bytes) -> str:
 
 
 def framed(answer: dict[str, object], options: Options) -> bytes:
-    """What PowerShell prints."""
-    text = base64.b64encode(
-        json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
-    ).decode()
+    """What PowerShell prints. Half a surrogate pair, which no UTF-8 has, becomes U+FFFD, as .NET writes it."""
+    said = json.dumps(answer, ensure_ascii=False, separators=(",", ":"))
+    text = base64.b64encode(said.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode()).decode()
     width = options["wrap"] or len(text)
     lines = "\r\n".join(text[at : at + width] for at in range(0, len(text), width))
     answered = f"\r\n@@B\r\n{lines}\r\n@@E\r\n".encode("ascii")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tokvm.testing.hyperv.backend import FILE_BACKEND
-from tokvm.testing.hyperv.state import DYNAMIC, FIXED, OFF, Drive, Nic, Options, Role, State, Vhd, Vm
+from tokvm.testing.hyperv.state import DYNAMIC, FIXED, OFF, VHD, VHDX, Drive, Nic, Options, Role, State, Vhd, Vm
 from tokvm.testing.persona.store import new_uuid
 
 MiB = 1 << 20
@@ -18,7 +18,8 @@ FOLDER = "C:\\Virtual Machines (new)"
 @dataclass(frozen=True, slots=True)
 class DiskSpec:
     """size in bytes. kind: dynamic or fixed. path: "" makes one up from the VM's name. controller: 0 IDE, 1 SCSI; None: as the
-    generation has it. pass_through: the number of the host's disk, without a file. shared: several VMs may write to it."""
+    generation has it. pass_through: the number of the host's disk, without a file. shared: several VMs may write to it.
+    format: vhdx, or vhd, whose sectors are always of 512 bytes."""
 
     size: int
     kind: str = "dynamic"
@@ -31,6 +32,7 @@ class DiskSpec:
     location: int | None = None
     pass_through: int = -1
     shared: bool = False
+    format: str = "vhdx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,7 @@ def first_state(machines: Sequence[MachineSpec], options: HostOptions) -> State:
         vm = _vm(spec, options)
         state["vms"][vm["id"]] = vm
         for number, disk in enumerate(spec.disks):
-            path = "" if disk.pass_through >= 0 else disk.path or _made_up(spec.name, vm["id"], number)
+            path = "" if disk.pass_through >= 0 else disk.path or _made_up(spec.name, vm["id"], number, disk.format)
             vm["drives"].append(_drive(disk, number, path, spec.generation))
             if path:
                 state["vhds"][path] = _vhd(disk, path, vm["id"], number)
@@ -123,12 +125,12 @@ def _options(options: HostOptions) -> Options:
     )
 
 
-def _made_up(name: str, id_: str, number: int) -> str:
+def _made_up(name: str, id_: str, number: int, format_: str) -> str:
     """Names that no file can have are Hyper-V's problem too: it asks for another. The id keeps folders of namesakes apart."""
     plain = "".join(
         "_" if letter < " " or letter in '<>:"/\\|?*' or "\ud800" <= letter <= "\udfff" else letter for letter in name
     )
-    return f"{FOLDER}\\{plain[:60].strip(' .') or 'vm'} {id_[:4]}\\Festplatte [{number}].vhdx"
+    return f"{FOLDER}\\{plain[:60].strip(' .') or 'vm'} {id_[:4]}\\Festplatte [{number}].{format_}"
 
 
 def _drive(disk: DiskSpec, number: int, path: str, generation: int) -> Drive:
@@ -147,11 +149,12 @@ def _drive(disk: DiskSpec, number: int, path: str, generation: int) -> Drive:
 def _vhd(disk: DiskSpec, path: str, vm: str, number: int) -> Vhd:
     return Vhd(
         path=path,
+        format={"vhdx": VHDX, "vhd": VHD}[disk.format],
         type={"dynamic": DYNAMIC, "fixed": FIXED}[disk.kind],
         size=disk.size,
         block_size=disk.block_size,
         logical=disk.logical,
-        physical=disk.physical,
+        physical=disk.physical if disk.format == "vhdx" else 512,
         disk_id=new_uuid(),
         identifier=new_uuid(),
         data_guid=new_uuid(),

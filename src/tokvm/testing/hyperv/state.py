@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import TypedDict
 
+from tokvm.testing.persona.sftp_settings import SftpSettings
 from tokvm.testing.persona.store import Store as FolderStore
 from tokvm.testing.persona.store import new_uuid, replace
 
@@ -36,6 +37,7 @@ __all__ = [
 
 RUNNING, OFF, SAVED, PAUSED = 2, 3, 6, 9  # VMState
 DYNAMIC, DIFFERENCING, FIXED = 3, 4, 2  # VhdType
+VHDX, VHD = "VHDX", "VHD"  # VhdFormat
 STANDARD, RECOVERY = "Standard", "Recovery"  # SnapshotType
 
 
@@ -45,6 +47,7 @@ class Vhd(TypedDict):
     identifier: Get-VHD's, of each file its own."""
 
     path: str
+    format: str
     type: int
     size: int
     block_size: int
@@ -158,16 +161,6 @@ class State(TypedDict):
 
 
 Store = FolderStore[State]
-
-
-class SftpSettings(TypedDict):
-    """What sftp sessions do wrong; read anew by each. Bytes are of DATA. -1: never."""
-
-    cap: int
-    limits: bool
-    die_after: int
-    freeze_after: int
-    shuffle: bool
 
 
 def guid() -> str:

@@ -1,4 +1,4 @@
-"""The VHDX files of the guests' disks: written for real, frozen, merged.
+"""The files of the guests' disks, VHDX (and VHD: avhds.py): written for real, frozen, merged.
 
 A layer holds what the guest did between two freezes. A file that a VM runs on holds no truth: it is given a log that nobody can
 replay, so that whoever reads it all the same is told. The truth is written when the layer is frozen or the VM goes off.
@@ -13,7 +13,7 @@ from uuid import UUID
 from tokvm.core.units import MiB, round_up
 from tokvm.testing.hyperv import paths
 from tokvm.testing.hyperv.backend import DATA, UNMAPPED, ZERO, Backend, Change
-from tokvm.testing.hyperv.state import DIFFERENCING, FIXED, State, Store, Vhd, guid
+from tokvm.testing.hyperv.state import DIFFERENCING, FIXED, VHD, State, Store, Vhd, guid
 from tokvm.testing.persona.store import new_uuid
 from tokvm.testing.vhdx_structs import (
     HEADER_OFFSETS,
@@ -36,15 +36,26 @@ def write(store: Store, state: State, backend: Backend, vhd: Vhd) -> None:
     """Write the file anew, in place, with another DataWriteGuid; its children learn it."""
     vhd["data_guid"] = new_uuid()
     changes = [] if vhd["live"] else backend.changes(vhd["vm"], vhd["disk"], vhd["since"], vhd["upto"])
-    _write(store, state, vhd, changes, backend)
-    if vhd["live"]:
-        _open_log(store, vhd)
+    if vhd["format"] == VHD:
+        _write_vhd(store, state, vhd, changes, backend)
+    else:
+        _write_vhdx(store, state, vhd, changes, backend)
     for child in [one for one in state["vhds"].values() if one["parent"] == vhd["path"]]:
-        relink(store, state, child)
+        relink(store, state, backend, child)
 
 
-def relink(store: Store, state: State, vhd: Vhd) -> None:
-    """The parent has another DataWriteGuid or path: the locator changes, but not what the file holds, nor its own guid."""
+def relink(store: Store, state: State, backend: Backend, vhd: Vhd) -> None:
+    """The parent has another DataWriteGuid or path: the locator changes, but not what the file holds, nor its own guid.
+
+    A VHD is written anew where its parent is another file; its parent's writes do not concern it.
+    """
+    if vhd["format"] == VHD:
+        from tokvm.testing.hyperv import avhds
+
+        path, parent = paths.local(store.folder, vhd["path"]), state["vhds"][vhd["parent"]]
+        if path.exists() and not vhd["live"] and not avhds.is_linked(path, parent):
+            write(store, state, backend, vhd)
+        return
     geometry = Geometry(vhd["size"], vhd["block_size"], vhd["logical"], differencing=True)
     items = disk_items(
         geometry,
@@ -60,7 +71,17 @@ def relink(store: Store, state: State, vhd: Vhd) -> None:
             file.write(metadata_region(items).ljust(METADATA_SIZE, b"\0"))
 
 
-def _write(store: Store, state: State, vhd: Vhd, changes: list[Change], backend: Backend) -> None:
+def _write_vhd(store: Store, state: State, vhd: Vhd, changes: list[Change], backend: Backend) -> None:
+    from tokvm.testing.hyperv import avhds  # hosts of VHDX alone do not pay for it
+
+    path = paths.local(store.folder, vhd["path"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    avhds.write(path, vhd, state["vhds"].get(vhd["parent"]), _runs(backend, vhd, changes))
+    if vhd["live"]:
+        avhds.spoil(path)
+
+
+def _write_vhdx(store: Store, state: State, vhd: Vhd, changes: list[Change], backend: Backend) -> None:
     path = paths.local(store.folder, vhd["path"])
     path.parent.mkdir(parents=True, exist_ok=True)
     whole, small = _split(changes, vhd["block_size"], vhd["size"])
@@ -81,6 +102,8 @@ def _write(store: Store, state: State, vhd: Vhd, changes: list[Change], backend:
         locator=_locator(vhd["path"], parent) if parent else None,
         creator=CREATOR,
     )
+    if vhd["live"]:
+        _open_log(store, vhd)
 
 
 def _locator(path: str, parent: Vhd) -> dict[str, str]:
@@ -129,12 +152,12 @@ def _open_log(store: Store, vhd: Vhd) -> None:
 
 
 def child_of(parent: Vhd, freeze: str) -> Vhd:
-    """The AVHDX that a checkpoint puts over `parent`: `<name>_<GUID>.avhdx` beside it."""
+    """The AVHDX that a checkpoint puts over `parent`: `<name>_<GUID>.avhdx` beside it. Over a VHD it is an AVHD."""
     stem = parent["path"].rpartition(".")[0]
     if parent["parent"]:
         stem = stem.rpartition("_")[0]
     child = parent.copy()
-    child["path"], child["type"], child["block_size"] = f"{stem}_{guid()}.avhdx", DIFFERENCING, BLOCK
+    child["path"], child["type"], child["block_size"] = f"{stem}_{guid()}.a{parent['format'].lower()}", DIFFERENCING, BLOCK
     child["identifier"] = new_uuid()
     child["data_guid"], child["parent"], child["since"] = new_uuid(), parent["path"], freeze
     return child

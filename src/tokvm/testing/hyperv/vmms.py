@@ -135,6 +135,26 @@ class Vmms:
         self.store.append("events.log", {"event": "checkpoint", "vm": vm["id"], "name": name, "id": made["id"]})
         return made
 
+    def apply(self, state: State, vm: Vm, id_: str, revert: Callable[[str, str], None]) -> None:
+        """Back to a checkpoint of no memory: off, and what was written since the newest checkpoint is thrown away. Checkpoints
+        younger than it stay, on a branch of their own. revert: lets the guests' disks (VM, freeze) be as they were."""
+        from tokvm.testing.hyperv import vhds
+
+        applied = next(one for one in state["checkpoints"] if (one["id"], one["vm"]) == (id_, vm["id"]))
+        self.turn_off(state, vm, "a checkpoint was applied")
+        for drive, path in zip(vm["drives"], applied["paths"], strict=True):
+            if path:
+                dropped, frozen = state["vhds"].pop(drive["path"]), state["vhds"][path]
+                paths.local(self.store.folder, dropped["path"]).unlink()
+                child = vhds.child_of(frozen, applied["freeze"])
+                child["upto"], child["live"] = "", False
+                drive["path"], state["vhds"][child["path"]] = child["path"], child
+        revert(vm["id"], applied["freeze"])
+        for drive in vm["drives"]:
+            if drive["path"]:
+                vhds.write(self.store, state, self.backend, state["vhds"][drive["path"]])
+        self.store.append("events.log", {"event": "apply", "vm": vm["id"], "name": applied["name"], "id": id_})
+
     def remove(self, state: State, id_: str, *, wait_for_readers: bool = False) -> None:
         """Forget the checkpoint and begin to merge its files; comes back at once. wait_for_readers: the merge waits until
         nobody has its files open; else that is refused."""

@@ -10,7 +10,7 @@ from tokvm.testing.persona.store import Store
 
 
 def wait_for_hangup(out: int) -> NoReturn:
-    """Do nothing, visibly nothing, until nobody listens to `out` any more (the end of stdin is long closed by then)."""
+    """Do nothing, visibly nothing, until nobody listens to `out` any more (stdin may have ended long before)."""
     import select
 
     poller = select.poll()

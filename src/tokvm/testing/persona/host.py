@@ -61,6 +61,10 @@ class PlayedHost:
         """`scheme://user@127.0.0.1:port`"""
         return f"{self.scheme}://{self.sshd.netloc}"
 
+    def reach(self, netloc: str) -> tuple[str, list[str]]:
+        """(URL, no options) for where its sshd is, or what stands before it."""
+        return f"{self.scheme}://{netloc}", []
+
     def execute(self, line: str, stdin: bytes | None = None, *, timeout_s: float) -> subprocess.CompletedProcess[bytes]:
         """A command line without SSH in between."""
         environment = {**os.environ, "SSH_ORIGINAL_COMMAND": line}

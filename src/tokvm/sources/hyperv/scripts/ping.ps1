@@ -1,0 +1,3 @@
+# Nothing: the answer says that somebody is there to answer. Data: { }.
+param($data)
+@{ }
