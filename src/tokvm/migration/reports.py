@@ -23,6 +23,7 @@ class StopCause(StrEnum):
     SMALL = "delta-is-small"
     FLAT = "deltas-shrink-no-more"
     LIMIT = "pass-limit"
+    WAITS = "delta-waits-for-the-stop"
 
 
 @dataclass(frozen=True, slots=True)

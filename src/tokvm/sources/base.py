@@ -7,10 +7,18 @@ uuid everywhere below `find`, because names are any text and need not be unique.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from tokvm.core.disk import DiskReader
+from tokvm.core.errors import SourceError
 from tokvm.core.machine import Disk, Finding, OffEvidence, PowerState, Snapshot, VirtualMachine
+
+
+class NoLiveDelta(SourceError):
+    """What changed since the base can be read only when the VM is off, so the last delta waits for the stop. From `snapshot`
+    it means that none was made."""
+
+    meaning: ClassVar[str] = "this source gives no delta of a VM that runs; what changed is copied when it is stopped"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from tokvm.core.machine import Snapshot, VirtualMachine
 from tokvm.migration.records import PassKind, SnapshotRecord, SnapshotState
 from tokvm.migration.rounds import newest_done, rounds_of, unfinished
 from tokvm.migration.work import TRIES, Work
+from tokvm.sources.base import NoLiveDelta
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,9 @@ def make(work: Work, vm: VirtualMachine, intended: SnapshotRecord) -> SnapshotRe
         try:
             snapshot = work.doors.source.snapshot(vm, intended.mark)
             break
+        except NoLiveDelta:
+            work.book.snapshot_removed(intended.number)  # it was not made, and will not be
+            raise
         except ConnectionLost as lost:
             if attempt == TRIES:
                 raise
@@ -62,9 +66,11 @@ def _settle(work: Work, record: SnapshotRecord, found: Snapshot | None) -> None:
         case SnapshotState.INTENDED, None if record.kind is PassKind.FINAL:
             work.book.snapshot_removed(record.number)
         case SnapshotState.MADE, None:
-            if any(one.number == record.number and not one.done for one in rounds_of(work.book)):
-                # a half-copied pass cannot be finished any more; the next delta, since the same round, brings all of it again
-                work.book.void_passes(record.number)
+            if any(one.number == record.number and one.open and one.passes for one in rounds_of(work.book)):
+                # What was copied of it stays on the target, and it cannot be finished any more. When the VM was taken back to
+                # an older snapshot no later delta brings these blocks again, so none may be built over them.
+                work.note(f"snapshot {record.mark} is gone and was copied in part: the disks are copied anew")
+                work.book.void_passes()
             work.book.snapshot_removed(record.number)
 
 

@@ -6,17 +6,18 @@ import logging
 from statistics import median
 
 from tokvm.core.errors import BudgetExceeded, ConnectionLost, NeedsPerson, NotOff, UsageError
-from tokvm.core.machine import PowerState
+from tokvm.core.machine import PowerState, VirtualMachine
 from tokvm.core.units import format_duration
 from tokvm.domain.base import DomainState
 from tokvm.migration.phases import Event
 from tokvm.migration.records import DowntimePart, SnapshotState
-from tokvm.migration.rounds import measured, newest_done, rounds_of, unfinished
+from tokvm.migration.rounds import Round, measured, newest_done, rounds_of, unfinished
 from tokvm.migration.steps.claim import claim, survey
 from tokvm.migration.steps.copy import copy_round
 from tokvm.migration.steps.fence import Standing, fence, standing
 from tokvm.migration.steps.freeze import make, reconcile
 from tokvm.migration.work import Work
+from tokvm.sources.base import NoLiveDelta
 from tokvm.transfer.predict import FixedTimes, Prediction, predict_downtime
 
 log = logging.getLogger(__name__)
@@ -37,14 +38,22 @@ def prepare(work: Work) -> None:
             "its disks are not copied yet", where=work.name, fix="run `tokvm sync` until it is done, then cut over"
         )
     if begun is not None:
-        work.step("finish the pass that was interrupted")
-        at = begun.snapshot if begun.snapshot.state is SnapshotState.MADE else make(work, vm, begun.snapshot)
-        copy_round(work, vm, at, base)
+        _finish_pass(work, vm, begun, base)
         survey(work)
     refuse_running_target(work)
     work.doors.host.domain_xml(work.plan())
     _refuse_long_downtime(work)
     work.advance(Event.CUT_OVER)
+
+
+def _finish_pass(work: Work, vm: VirtualMachine, begun: Round, base: Round) -> None:
+    """The pass that was interrupted; where it cannot be read while the VM runs, the final one brings it all."""
+    work.step("finish the pass that was interrupted")
+    try:
+        at = begun.snapshot if begun.snapshot.state is SnapshotState.MADE else make(work, vm, begun.snapshot)
+        copy_round(work, vm, at, base)
+    except NoLiveDelta as waits:
+        work.note(f"the interrupted pass waits for the stop: {waits.what}")
 
 
 def refuse_running_target(work: Work) -> None:

@@ -14,6 +14,7 @@ from tokvm.migration.steps.copy import copy_round
 from tokvm.migration.steps.freeze import freeze, make, prune, reconcile
 from tokvm.migration.steps.stop import predict
 from tokvm.migration.work import Work
+from tokvm.sources.base import NoLiveDelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,13 @@ def sync(work: Work, passes: int | None, converge: Converge) -> tuple[tuple[Pass
     while True:
         vm = survey(work)
         reconcile(work)
-        made.append(_one_round(work, vm).report())
+        try:
+            made.append(_one_round(work, vm).report())
+        except NoLiveDelta as waits:
+            if newest_done(rounds_of(work.book)) is None:
+                raise
+            work.note(f"further passes wait for the stop: {waits.what}")
+            return tuple(made), StopCause.WAITS
         prune(work)
         cause = _enough(work, made, passes, converge)
         if cause is not None:

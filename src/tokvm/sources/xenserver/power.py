@@ -163,5 +163,6 @@ def _not_off(xe: Xe, vm: str, why: str) -> NotOff:
     return NotOff(
         f"the VM is not off: {why}",
         where=f"{xe.where} VM {vm}",
-        fix="shut it down from inside the guest, give it more time, or allow cutting its power with --force-off",
+        fix="shut it down from inside the guest, give it more time (--deadline), or let its power be cut (--force-off); "
+        "then cut over again",
     )
