@@ -1,4 +1,4 @@
-"""A played XenServer or Hyper-V host for each test, and ssh to it."""
+"""A played XenServer, Hyper-V, ESXi host or vSphere for each test, and ssh to it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from tokvm.testing.esxi import host as esxi
 from tokvm.testing.hyperv import host as hyperv
+from tokvm.testing.vsphere.host import VSphere
 from tokvm.testing.xenserver.host import DiskSpec, HostOptions, MachineSpec, XenHost, build_host
 
 MiB = 1 << 20
 SSH = Callable[..., "subprocess.CompletedProcess[bytes]"]
 Build = Callable[..., XenHost]
 BuildHyperV = Callable[..., hyperv.HyperVHost]
+BuildEsxi = Callable[..., esxi.EsxHost]
+BuildVSphere = Callable[..., VSphere]
 
 
 @pytest.fixture
@@ -65,3 +69,36 @@ def build_hyperv(tmp_path: Path) -> Iterator[BuildHyperV]:
     yield make
     for host in hosts:
         host.close()
+
+
+@pytest.fixture
+def build_esxi(tmp_path: Path) -> Iterator[BuildEsxi]:
+    """Build an ESXi host: options by keyword, machines by position. Everything is stopped at the end."""
+    hosts: list[esxi.EsxHost] = []
+
+    def make(*machines: esxi.MachineSpec, **options: object) -> esxi.EsxHost:
+        specs = machines or (esxi.MachineSpec("web", disks=[esxi.DiskSpec(8 * MiB), esxi.DiskSpec(5 * MiB)]),)
+        folder = tmp_path / f"esxi{len(hosts)}"
+        host = esxi.build_host(folder, machines=specs, options=esxi.HostOptions(**options))  # type: ignore[arg-type]
+        hosts.append(host)
+        return host
+
+    yield make
+    for host in hosts:
+        host.close()
+
+
+@pytest.fixture
+def build_vsphere(build_esxi: BuildEsxi) -> Iterator[BuildVSphere]:
+    """A played vSphere over an ESXi host of its own: the host's options in `esxi`, ours by keyword, machines by position."""
+    made: list[VSphere] = []
+
+    def make(
+        *machines: esxi.MachineSpec, vcenter: bool = True, esxi: dict[str, object] | None = None, **options: object
+    ) -> VSphere:
+        made.append(VSphere(build_esxi(*machines, **(esxi or {})), vcenter=vcenter, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()

@@ -46,7 +46,7 @@ class Finished:
 def migrate_argv(record: LabRecord, folder: Path, name: str, *, passes: int) -> list[str]:
     """`--proof 0`: the guest has no agent; that it lives is the outside clock's to say."""
     return [
-        *("migrate", record.url, name),
+        *("migrate", record.url, name, *record.options),
         *("--to", str(target_folder(folder, name)), "--state-dir", str(folder / "state")),
         *("--ssh-config", record.ssh_config, "--libvirt", record.libvirt, "--network", "*=user"),
         *("--passes", str(passes), "--proof", "0s", "--json", "--events"),

@@ -18,7 +18,7 @@ import logging
 import os
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tokvm.core.errors import TokvmError
@@ -36,7 +36,8 @@ LAB_FILE = "lab.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabRecord:
-    """A lab as it was built. machines: uuid → name. `owner` says whose the libvirt is (Owner's value)."""
+    """A lab as it was built. options: what tokvm needs besides the URL to reach the source. machines: uuid → name. `owner` says
+    whose the libvirt is (Owner's value)."""
 
     source: str
     url: str
@@ -44,6 +45,7 @@ class LabRecord:
     libvirt: str
     owner: str
     machines: dict[str, str]
+    options: list[str] = field(default_factory=list)
 
     @classmethod
     def load(cls, folder: Path) -> LabRecord:

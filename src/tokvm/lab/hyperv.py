@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokvm.lab.hyperv_backend import QEMU_BACKEND
+from tokvm.lab.layer_backend import QEMU_BACKEND
 from tokvm.lab.machines import MEMORY, LabMachine
 from tokvm.lab.settings import LabSettings
 from tokvm.testing.hyperv.host import DiskSpec, HostOptions, HyperVHost, MachineSpec, NicSpec, build_host

@@ -23,6 +23,10 @@ class LabHost(Protocol):
     @property
     def sshd(self) -> Sshd: ...
 
+    def reach(self, netloc: str) -> tuple[str, list[str]]:
+        """(URL, options of tokvm that go with it). netloc: `user@host:port` of its sshd, or of a link before it."""
+        ...
+
     def start(self, name: str) -> None: ...
 
     def is_running(self, name: str) -> bool: ...
@@ -54,5 +58,29 @@ def _hyperv(folder: Path, machines: Sequence[LabMachine], settings: LabSettings)
     return build_hyperv(folder, machines, settings)
 
 
+def _esxi(folder: Path, machines: Sequence[LabMachine], settings: LabSettings) -> LabHost:
+    from tokvm.lab.esx import build_esx
+
+    return build_esx(folder, machines, settings)
+
+
+def _vcenter(folder: Path, machines: Sequence[LabMachine], settings: LabSettings) -> LabHost:
+    from tokvm.lab.vcenter import build_vcenter
+
+    return build_vcenter(folder, machines, settings, ssh=True)
+
+
+def _vcenter_api(folder: Path, machines: Sequence[LabMachine], settings: LabSettings) -> LabHost:
+    from tokvm.lab.vcenter import build_vcenter
+
+    return build_vcenter(folder, machines, settings, ssh=False)
+
+
 Builder = Callable[[Path, Sequence[LabMachine], LabSettings], LabHost]
-BUILDERS: dict[str, Builder] = {"xenserver": _xenserver, "hyperv": _hyperv}
+BUILDERS: dict[str, Builder] = {
+    "xenserver": _xenserver,
+    "hyperv": _hyperv,
+    "esxi": _esxi,
+    "vcenter": _vcenter,
+    "vcenter-api": _vcenter_api,
+}

@@ -144,9 +144,11 @@ def _record(
     sshd = host.sshd
     if port is not None:
         sshd.also_at(port)
+    url, options = host.reach(f"{sshd.user}@{sshd.host}:{port or sshd.port}")
     record = LabRecord(
         source=settings.source,
-        url=f"{host.scheme}://{sshd.user}@{sshd.host}:{port or sshd.port}",
+        url=url,
+        options=options,
         ssh_config=str(sshd.config_file),
         libvirt=libvirt.uri,
         owner=libvirt.owner.value,

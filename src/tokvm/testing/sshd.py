@@ -18,6 +18,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +36,41 @@ class Lifetime(Enum):
     OUTLIVES_US = "outlives us"
 
 
+@dataclass(frozen=True, slots=True)
+class SshdLimits:
+    """What this sshd allows. key_type: of the host's key and the user's, as ssh-keygen names it. more: lines of sshd_config."""
+
+    key_type: str = "ed25519"
+    key_exchange: str = "curve25519-sha256"  # a login in half the time of the post-quantum one
+    max_startups: str = "300"
+    max_sessions: int = 100
+    more: tuple[str, ...] = ()
+
+    def with_banner(self, file: Path) -> SshdLimits:
+        return replace(self, more=(*self.more, f"Banner {_quoted(file)}"))
+
+
+GENEROUS = SshdLimits()
+# sshd_config of ESXi 8.0.2: FIPS mode, so that ed25519 and chacha20 do not exist; MaxSessions is not set, and so is 10.
+ESXI_LIMITS = SshdLimits(
+    key_type="ecdsa",
+    key_exchange="ecdh-sha2-nistp256,ecdh-sha2-nistp384,ecdh-sha2-nistp521,diffie-hellman-group14-sha256",
+    max_startups="10:30:100",
+    max_sessions=10,
+    more=(
+        "Ciphers aes256-gcm@openssh.com,aes128-gcm@openssh.com,aes256-ctr,aes192-ctr,aes128-ctr",
+        "MACs hmac-sha2-256,hmac-sha2-512",
+        "HostKeyAlgorithms ecdsa-sha2-nistp256,ecdsa-sha2-nistp384,ecdsa-sha2-nistp521,rsa-sha2-256,rsa-sha2-512",
+        "PubkeyAcceptedAlgorithms ecdsa-sha2-nistp256,ecdsa-sha2-nistp384,ecdsa-sha2-nistp521,rsa-sha2-256,rsa-sha2-512",
+        "Compression no",
+        "ClientAliveInterval 200",
+        "ClientAliveCountMax 3",
+        "RekeyLimit 1G 1H",
+        "AllowTcpForwarding no",
+    ),
+)
+
+
 class SshdError(RuntimeError):
     """sshd is missing or did not start; the text holds the end of its log."""
 
@@ -44,7 +80,13 @@ class Sshd:
     make the same object and go on with it (`running`, `port`, `stop`)."""
 
     def __init__(
-        self, folder: Path, *, forced_command: Sequence[str] | None = None, sftp: str = "", host: str = "127.0.0.1"
+        self,
+        folder: Path,
+        *,
+        forced_command: Sequence[str] | None = None,
+        sftp: str = "",
+        host: str = "127.0.0.1",
+        limits: SshdLimits = GENEROUS,
     ) -> None:
         """sftp: what a forced command finds in SSH_ORIGINAL_COMMAND when the sftp subsystem is asked for; "": there is none."""
         self.folder = folder.absolute()
@@ -52,6 +94,7 @@ class Sshd:
         self.user = getpass.getuser()
         self._forced = list(forced_command) if forced_command is not None else None
         self._sftp = sftp
+        self._limits = limits
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -146,7 +189,7 @@ class Sshd:
         self.stop()
         for name in ("host_key", "host_key.pub"):
             (self.folder / name).unlink()
-        _make_key(self.folder / "host_key")
+        _make_key(self.folder / "host_key", self._limits.key_type)
         self.start()
 
     def __enter__(self) -> Sshd:
@@ -165,7 +208,7 @@ class Sshd:
     def _make_keys(self) -> None:
         for name in ("host_key", "user_key"):
             if not (self.folder / name).exists():
-                _make_key(self.folder / name)
+                _make_key(self.folder / name, self._limits.key_type)
         public = (self.folder / "user_key.pub").read_text()
         (self.folder / "authorized_keys").write_text(public)
 
@@ -204,7 +247,7 @@ class Sshd:
             "PidFile none",
             # An account's shell reads its ~/.bashrc before every command, forced ones too; here it costs what it likes.
             f'SetEnv "HOME={self.folder}"',
-            "KexAlgorithms curve25519-sha256",  # a login in half the time of the post-quantum one
+            f"KexAlgorithms {self._limits.key_exchange}",
             "StrictModes no",
             "PasswordAuthentication no",
             "KbdInteractiveAuthentication no",
@@ -212,9 +255,10 @@ class Sshd:
             "PermitRootLogin prohibit-password",
             "PrintMotd no",
             "UseDNS no",
-            "MaxStartups 300",
-            "MaxSessions 100",
+            f"MaxStartups {self._limits.max_startups}",
+            f"MaxSessions {self._limits.max_sessions}",
             "LogLevel VERBOSE",
+            *self._limits.more,
         ]
         if self._forced is None:
             lines.append("Subsystem sftp internal-sftp")
@@ -245,8 +289,8 @@ class Sshd:
             return "no log"
 
 
-def _make_key(path: Path) -> None:
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "throw-away", "-f", str(path)], check=True)
+def _make_key(path: Path, key_type: str) -> None:
+    subprocess.run(["ssh-keygen", "-q", "-t", key_type, "-N", "", "-C", "throw-away", "-f", str(path)], check=True)
 
 
 def _sshd_path() -> str:

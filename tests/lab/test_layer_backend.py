@@ -1,4 +1,4 @@
-"""What a guest wrote between two checkpoints, as the played Hyper-V is told it. qemu-io writes, qemu-img is the judge."""
+"""What a guest wrote between two freezes, as the played Hyper-V and ESXi are told it. qemu-io writes, qemu-img is the judge."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from tokvm.images.chain import Chain
 from tokvm.images.files import open_file
 from tokvm.images.reader import ChainReader
 from tokvm.images.vhdx.layer import open_vhdx
-from tokvm.lab.hyperv_backend import QemuBackend
+from tokvm.lab.layer_backend import QEMU_BACKEND, QemuBackend
 from tokvm.lab.programs import run_program
 from tokvm.lab.source_vm import SourceVm
+from tokvm.testing.esxi import host as esxi
 from tokvm.testing.hyperv.backend import DATA
 from tokvm.testing.hyperv.host import DiskSpec, HostOptions, MachineSpec, build_host
 
@@ -76,7 +77,7 @@ def test_the_files_of_a_played_host_hold_the_guests_disk(new_vm: VmFactory, tmp_
     vm, noise = new_vm(), random.Random(7)
     folder = tmp_path / "host"
     spec = MachineSpec("web", disks=[DiskSpec(96 * MiB), DiskSpec(SIZE)], generation=1, running=False)
-    options = HostOptions(backend="tokvm.lab.hyperv_backend:QemuBackend")
+    options = HostOptions(backend=QEMU_BACKEND)
     with build_host(folder, machines=[spec], options=options) as host:
         vm.dir.rename(folder / "backend" / host.id("web"))
         vm = SourceVm(folder / "backend" / host.id("web"))
@@ -94,3 +95,27 @@ def test_the_files_of_a_played_host_hold_the_guests_disk(new_vm: VmFactory, tmp_
                 chunk.release()
             reader.close()
             assert disk == disk_now(vm, made["freeze"], tmp_path)
+
+
+@pytest.mark.parametrize("type_", ["VMFS-6", "VMFS-5"])
+def test_the_files_of_a_played_esxi_hold_the_guests_disk(new_vm: VmFactory, tmp_path: Path, type_: str) -> None:
+    """Snapshots of the host over a VM that is off; qemu-img reads each frozen chain of its VMDK files."""
+    vm, noise = new_vm(), random.Random(8)
+    folder = tmp_path / "host"
+    spec = esxi.MachineSpec("web", disks=[esxi.DiskSpec(96 * MiB), esxi.DiskSpec(SIZE)], running=False)
+    options = esxi.HostOptions(backend=QEMU_BACKEND, datastores=[esxi.DatastoreSpec(type=type_)])
+    with esxi.build_host(folder, machines=[spec], options=options) as host:
+        guest = host.store.read()["vms"][0]["guest"]
+        vm.dir.rename(folder / "backend" / guest)
+        vm = SourceVm(folder / "backend" / guest)
+        host.write_files()
+        for number in range(1, 4):
+            scribble(vm, noise)
+            made = host.foreign_snapshot("web")
+            image, out = host.local(host.frozen("web", number, DISK)[0]), tmp_path / "out"
+            run_program(["qemu-img", "convert", "-f", "vmdk", "-O", "raw", str(image), str(out)], package="qemu-utils")
+            assert out.read_bytes() == disk_now(vm, made["freeze"], tmp_path)
+        host.delete_snapshot("web", 2)
+        image = host.local(host.frozen("web", 3, DISK)[0])
+        run_program(["qemu-img", "convert", "-f", "vmdk", "-O", "raw", str(image), str(out)], package="qemu-utils")
+        assert out.read_bytes() == disk_now(vm, host.snapshots("web")[-1]["freeze"], tmp_path)

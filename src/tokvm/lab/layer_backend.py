@@ -1,6 +1,7 @@
-"""Real guests behind the played Hyper-V: its backend door over SourceVm. Named in the host's state, loaded by that name.
+"""Real guests behind a played host whose disks are chains of layer files (Hyper-V, ESXi): its backend door over SourceVm. Named
+in the host's state, loaded by that name.
 
-backend/<vm id>/   one SourceVm; frozen states bear the checkpoints' names
+backend/<vm id>/   one SourceVm; frozen states bear the names that the host gave them
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tokvm.lab.source_export import READ_SIZE, LayerFile
 from tokvm.lab.source_vm import SourceVm
 from tokvm.testing.hyperv.backend import DATA, ZERO, Change
 
-QEMU_BACKEND = "tokvm.lab.hyperv_backend:QemuBackend"
+QEMU_BACKEND = "tokvm.lab.layer_backend:QemuBackend"
 WHOLE = -1  # since the disk's beginning: below its base
 
 
