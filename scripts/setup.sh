@@ -9,7 +9,7 @@ lab_packages=(
     qemu-system-x86 qemu-utils seabios libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients
     busybox-static grub-pc-bin grub-common e2fsprogs fdisk cpio kmod xz-utils zstd util-linux libxml2-utils
 )
-dev_packages=(git strace libvhdi-utils python3-libvhdi nbdkit)
+dev_packages=(git strace libvhdi-utils python3-libvhdi nbdkit samba openssl)
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
@@ -32,7 +32,7 @@ need_packages() {
     [ ${#missing[@]} = 0 ] && return
     command -v apt-get >/dev/null || die "this is no Debian or Ubuntu; install these yourself: ${missing[*]}"
     need_root "${missing[*]}"
-    say "installing ${missing[*]} (on a host with systemd, sshd and libvirtd start when they are installed)"
+    say "installing ${missing[*]} (on a host with systemd, sshd, libvirtd and smbd start when they are installed)"
     local log try
     log=$(mktemp)
     for try in 1 2 3; do

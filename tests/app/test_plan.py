@@ -109,6 +109,14 @@ def test_what_is_not_said_again_stays_and_a_new_key_is_believed_once() -> None:
     assert not again.accept_new_host_key
 
 
+def test_a_ca_replaces_a_pin_and_the_password_stays_where_it_was() -> None:
+    first = SshOptions(password_file="/p", tls_fingerprint="ab")
+    kept = Plan("hyperv+winrm://h", (), ssh=first).kept().ssh
+    assert merged(kept, SshOptions()) == kept == first
+    again = merged(kept, SshOptions(tls_ca="/ca"))
+    assert (again.password_file, again.tls_ca, again.tls_fingerprint) == ("/p", "/ca", None)
+
+
 def test_odd_paths_are_refused_before_they_reach_the_journal() -> None:
     for path in ("/x\udcff", "/x\ny", "/x\x1b[31m"):
         with pytest.raises(UsageError, match="plain path"):

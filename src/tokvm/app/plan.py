@@ -17,13 +17,26 @@ DEFAULT_LIBVIRT = "qemu:///system"
 
 @dataclass(frozen=True, slots=True)
 class SshOptions:
-    """How ssh reaches the source. Paths, never keys or passwords; everything else is the user's own ssh_config."""
+    """How the source is reached. Paths, never keys or passwords; for ssh, everything else is the user's own ssh_config.
+
+    password_file, tls_ca, tls_fingerprint: for sources that are reached over TLS instead.
+    clone_base: a base that ESXi keeps locked may be cloned on its datastore first.
+    bytes_from, nbd: where vSphere's disks are read from: the ESXi host (`ssh://root@{host}`), or an NBD server.
+    enable_cbt: vSphere tracks changed blocks for the time of the migration.
+    """
 
     identity: str | None = None
     config_file: str | None = None
     known_hosts: str | None = None
     accept_new_host_key: bool = False
     progress_deadline_s: float = 30.0
+    password_file: str | None = None
+    tls_ca: str | None = None
+    tls_fingerprint: str | None = None
+    clone_base: bool = False
+    bytes_from: str | None = None
+    nbd: str | None = None
+    enable_cbt: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +94,21 @@ class Request:
 
 
 def merged(known: SshOptions, said: SshOptions) -> SshOptions:
-    """What was said now, and for the rest what the migration began with."""
+    """What was said now, and for the rest what the migration began with. A CA replaces a pin, and the other way round."""
+    tls = said if said.tls_ca or said.tls_fingerprint else known
     return SshOptions(
         identity=said.identity or known.identity,
         config_file=said.config_file or known.config_file,
         known_hosts=said.known_hosts or known.known_hosts,
         accept_new_host_key=said.accept_new_host_key,
         progress_deadline_s=said.progress_deadline_s,
+        password_file=said.password_file or known.password_file,
+        tls_ca=tls.tls_ca,
+        tls_fingerprint=tls.tls_fingerprint,
+        clone_base=said.clone_base or known.clone_base,
+        bytes_from=said.bytes_from or known.bytes_from,
+        nbd=said.nbd or known.nbd,
+        enable_cbt=said.enable_cbt or known.enable_cbt,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,9 @@ from tokvm.lab.settings import LabSettings
 
 lab = typer.Typer(help="Try tokvm on an embedded hypervisor with a real guest.", no_args_is_help=True, rich_markup_mode=None)
 
-SourceName = Annotated[str, typer.Option("--source", help="The hypervisor to play: xenserver or hyperv.")]
+SourceName = Annotated[
+    str, typer.Option("--source", help="What to play: xenserver, hyperv, esxi, vcenter, vcenter-api.")
+]
 Guests = Annotated[int, typer.Option("--guests", help="How many VMs run and are migrated, one after the other.", min=1)]
 DiskSize = Annotated[str, typer.Option("--disk-size", help="Size of each guest's disk.", metavar="SIZE")]
 WriteRate = Annotated[
@@ -105,6 +108,7 @@ def up(
         known = {
             "folder": str(place),
             "source": record.url,
+            "options": record.options,
             "ssh_config": record.ssh_config,
             "libvirt": record.libvirt,
             "machines": record.machines,
@@ -114,7 +118,7 @@ def up(
             return
         print_fields(known.items())
         name = next(iter(record.machines.values()))
-        ready = f"--ssh-config {record.ssh_config}"
+        ready = shlex.join(["--ssh-config", record.ssh_config, *record.options])
         print(f"\ntry:  tokvm ls {record.url} {ready}")
         print(
             f"      tokvm migrate {record.url} {name} --to {place}/target/ {ready} "

@@ -22,12 +22,17 @@ def ls(
     known_hosts: options.KnownHosts = None,
     accept_new_host_key: options.AcceptKey = False,
     silence: options.Silence = "30s",
+    password_file: options.PasswordFile = None,
+    tls_ca: options.TlsCa = None,
+    tls_fingerprint: options.TlsFingerprint = None,
     record: options.Record = None,
     verbose: options.Verbose = 0,
 ) -> None:
     """The VMs of a source."""
     with options.running(json=json, verbose=verbose) as reporter, options.recording(record, "ls") as recorder:
-        ssh = SshArguments(identity, ssh_config, known_hosts, accept_new_host_key, silence).options()
+        ssh = SshArguments(
+            identity, ssh_config, known_hosts, accept_new_host_key, silence, password_file, tls_ca, tls_fingerprint
+        ).options()
         machines = inventory.list_machines(source, ssh, reporter.note, recorder)
         if json:
             print_json([{"uuid": m.uuid, "name": m.name, "power": m.power} for m in machines])
@@ -51,12 +56,30 @@ def check(
     known_hosts: options.KnownHosts = None,
     accept_new_host_key: options.AcceptKey = False,
     silence: options.Silence = "30s",
+    password_file: options.PasswordFile = None,
+    tls_ca: options.TlsCa = None,
+    tls_fingerprint: options.TlsFingerprint = None,
+    bytes_from: options.BytesFrom = None,
+    nbd: options.Nbd = None,
+    enable_cbt: options.EnableCbt = False,
     record: options.Record = None,
     verbose: options.Verbose = 0,
 ) -> None:
     """Can this VM be migrated? Every blocker before the first byte is copied (exit 10 when there is one)."""
     with options.running(json=json, verbose=verbose) as reporter, options.recording(record, "check") as recorder:
-        ssh = SshArguments(identity, ssh_config, known_hosts, accept_new_host_key, silence)
+        ssh = SshArguments(
+            identity,
+            ssh_config,
+            known_hosts,
+            accept_new_host_key,
+            silence,
+            password_file,
+            tls_ca,
+            tls_fingerprint,
+            bytes_from=bytes_from,
+            nbd=nbd,
+            enable_cbt=enable_cbt,
+        )
         target = TargetArguments(to or [], overwrite or [], network or [], libvirt, domain, machine, bus)
         report = inventory.check(source, vm, target.request(ssh), reporter.note, recorder)
         if json:

@@ -70,7 +70,8 @@ VmName = Annotated[str, typer.Argument(help="The VM's name or uuid.", metavar="N
 SourceUrl = Annotated[
     str,
     typer.Argument(
-        help="xenserver://[user@]HOST[:PORT] (or xcpng://…), hyperv://[user@]HOST[:PORT], or files:BASE.vhd[,CHILD.vhd…]",
+        help="xenserver://[user@]HOST[:PORT] (or xcpng://…), hyperv://[user@]HOST[:PORT] (hyperv+winrm://…: WinRM and SMB), "
+        "esx://[user@]HOST[:PORT], vpx://[user@]VCENTER-OR-ESXI[:PORT][/DATACENTER], or files:BASE.vhd[,CHILD.vhd…]",
         metavar="SOURCE",
     ),
 ]
@@ -108,6 +109,47 @@ KnownHosts = Annotated[
 AcceptKey = Annotated[
     bool,
     typer.Option("--accept-new-host-key", help="Learn the host's key when it is unknown (a changed one is always refused)."),
+]
+PasswordFile = Annotated[
+    str | None,
+    typer.Option(
+        "--password-file",
+        help="The password's file, where a source asks for one [$TOKVM_PASSWORD, else a prompt].",
+        show_default=False,
+    ),
+]
+CloneBase = Annotated[
+    bool,
+    typer.Option("--clone-base", help="esx: a base that stays locked is cloned on its datastore first (needs the room)."),
+]
+BytesFrom = Annotated[
+    str | None,
+    typer.Option(
+        "--bytes",
+        help="vpx: read disks by SFTP from the ESXi host that runs the VM, ssh://root@{host} or one by name.",
+        metavar="SSH-URL",
+        show_default=False,
+    ),
+]
+Nbd = Annotated[
+    str | None,
+    typer.Option(
+        "--nbd",
+        help="vpx: read disks from your own NBD server, nbd+unix:///?socket=PATH with {uuid}, {snapshot}, {number}, {index}.",
+        metavar="URI",
+        show_default=False,
+    ),
+]
+EnableCbt = Annotated[
+    bool,
+    typer.Option("--enable-cbt", help="vpx: track changed blocks during the migration, and read no more than them."),
+]
+TlsCa = Annotated[
+    str | None, typer.Option("--tls-ca", help="The CA of the source's TLS certificate [the system's CAs].", show_default=False)
+]
+TlsFingerprint = Annotated[
+    str | None,
+    typer.Option("--tls-fingerprint", help="SHA-256 of the source's TLS certificate, instead of a CA.", show_default=False),
 ]
 Silence = Annotated[
     str, typer.Option("--silence", help="Give a connection up that moves no byte for so long.", metavar="DURATION")

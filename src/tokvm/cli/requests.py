@@ -23,6 +23,13 @@ class SshArguments:
     known_hosts: str | None = None
     accept_new_host_key: bool = False
     silence: str = "30s"
+    password_file: str | None = None
+    tls_ca: str | None = None
+    tls_fingerprint: str | None = None
+    clone_base: bool = False
+    bytes_from: str | None = None
+    nbd: str | None = None
+    enable_cbt: bool = False
 
     def options(self) -> SshOptions:
         return SshOptions(
@@ -31,6 +38,13 @@ class SshArguments:
             known_hosts=_absolute(self.known_hosts),
             accept_new_host_key=self.accept_new_host_key,
             progress_deadline_s=max(1.0, options.seconds(self.silence)),
+            password_file=_absolute(self.password_file),
+            tls_ca=_absolute(self.tls_ca),
+            tls_fingerprint=self.tls_fingerprint,
+            clone_base=self.clone_base,
+            bytes_from=self.bytes_from,
+            nbd=self.nbd,
+            enable_cbt=self.enable_cbt,
         )
 
 

@@ -32,10 +32,30 @@ def sync(
     known_hosts: options.KnownHosts = None,
     accept_new_host_key: options.AcceptKey = False,
     silence: options.Silence = "30s",
+    password_file: options.PasswordFile = None,
+    tls_ca: options.TlsCa = None,
+    tls_fingerprint: options.TlsFingerprint = None,
+    clone_base: options.CloneBase = False,
+    bytes_from: options.BytesFrom = None,
+    nbd: options.Nbd = None,
+    enable_cbt: options.EnableCbt = False,
     verbose: options.Verbose = 0,
 ) -> None:
     """Copy a running VM's disks, then what changed since. Interrupted, the same command goes on; done, it syncs once more."""
-    ssh = SshArguments(identity, ssh_config, known_hosts, accept_new_host_key, silence)
+    ssh = SshArguments(
+        identity,
+        ssh_config,
+        known_hosts,
+        accept_new_host_key,
+        silence,
+        password_file,
+        tls_ca,
+        tls_fingerprint,
+        clone_base,
+        bytes_from,
+        nbd,
+        enable_cbt,
+    )
     target = TargetArguments(to or [], overwrite or [], network or [], libvirt, domain, machine, bus, rate_limit)
     with (
         options.running(json=json, events=events, verbose=verbose) as reporter,

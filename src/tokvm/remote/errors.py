@@ -37,6 +37,12 @@ class RemoteCommandError(SourceError):
         self.stderr = completed.stderr
 
 
+class LoginRefused(SourceError):
+    """ssh reached the host, which took none of our keys."""
+
+    meaning: ClassVar[str] = "the source refused the SSH login; a person must mend that"
+
+
 def is_host_key_refusal(stderr: bytes) -> bool:
     return any(sign in stderr for sign in (_CHANGED, _REVOKED, _UNVERIFIED))
 
@@ -49,7 +55,7 @@ def connection_error(stderr: bytes, *, where: str, doing: str) -> SourceError:
     """Why ssh itself failed: login refused (which a person must mend) or the connection (which may come back)."""
     said = last_line(stderr)
     if _REFUSED.search(stderr):
-        return SourceError(
+        return LoginRefused(
             f"the host refused the login: {said}",
             where=where,
             fix="try `ssh` to it by hand: key in authorized_keys, agent running, user right? (--identity names a key file)",

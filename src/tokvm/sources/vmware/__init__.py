@@ -1,0 +1,1 @@
+"""VMware as a source: ESXi over SSH alone; `api`: vSphere's API."""
