@@ -21,6 +21,8 @@ from tokvm.lab.source_vm import SourceVm
 from tokvm.testing import pids
 from tokvm.testing.xenserver.host import XenHost
 
+DAILY = ("xenserver", "esxi-vmfs5", "vcenter-api")
+
 pytestmark = [pytest.mark.slow, pytest.mark.root, pytest.mark.timeout(900)]
 
 
@@ -34,7 +36,11 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     down()
 
 
-@pytest.mark.parametrize("source", SOURCES)
+# Those of .ci/run, as the README shows them, are run there every day.
+SHAPED = [pytest.param(source, marks=() if source in DAILY else pytest.mark.nightly) for source in SOURCES]
+
+
+@pytest.mark.parametrize("source", SHAPED)
 def test_a_running_guest_is_migrated_and_nothing_is_left_behind(root: Path, source: str) -> None:
     said: list[str] = []
     settings = LabSettings(source=source, disk_size=96 * MiB, rtt_s=0.002, link_rate=200.0 * MiB)

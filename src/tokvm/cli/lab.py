@@ -15,7 +15,14 @@ from tokvm.lab.settings import LabSettings
 
 lab = typer.Typer(help="Try tokvm on an embedded hypervisor with a real guest.", no_args_is_help=True, rich_markup_mode=None)
 
-SourceName = Annotated[str, typer.Option("--source", help="What to play: xenserver, hyperv, esxi, vcenter, vcenter-api.")]
+SourceName = Annotated[
+    str,
+    typer.Option(
+        "--source",
+        help="What to play: xenserver, hyperv, esxi (esxi-vmfs5: COWD layers; esxi-locked: a base that stays locked), vcenter "
+        "(vcenter-api: without SSH).",
+    ),
+]
 Guests = Annotated[int, typer.Option("--guests", help="How many VMs run and are migrated, one after the other.", min=1)]
 DiskSize = Annotated[str, typer.Option("--disk-size", help="Size of each guest's disk.", metavar="SIZE")]
 WriteRate = Annotated[

@@ -64,6 +64,18 @@ def _esxi(folder: Path, machines: Sequence[LabMachine], settings: LabSettings) -
     return build_esx(folder, machines, settings)
 
 
+def _esxi_vmfs5(folder: Path, machines: Sequence[LabMachine], settings: LabSettings) -> LabHost:
+    from tokvm.lab.esx import build_esx
+
+    return build_esx(folder, machines, settings, datastore="VMFS-5")
+
+
+def _esxi_locked(folder: Path, machines: Sequence[LabMachine], settings: LabSettings) -> LabHost:
+    from tokvm.lab.esx import build_esx
+
+    return build_esx(folder, machines, settings, locked=True)
+
+
 def _vcenter(folder: Path, machines: Sequence[LabMachine], settings: LabSettings) -> LabHost:
     from tokvm.lab.vcenter import build_vcenter
 
@@ -81,6 +93,8 @@ BUILDERS: dict[str, Builder] = {
     "xenserver": _xenserver,
     "hyperv": _hyperv,
     "esxi": _esxi,
+    "esxi-vmfs5": _esxi_vmfs5,
+    "esxi-locked": _esxi_locked,
     "vcenter": _vcenter,
     "vcenter-api": _vcenter_api,
 }

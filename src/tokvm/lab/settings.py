@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tokvm.core.units import KiB, MiB
 from tokvm.lab.errors import LabError
 
-SOURCES = ("xenserver", "hyperv", "esxi", "vcenter", "vcenter-api")
+SOURCES = ("xenserver", "hyperv", "esxi", "esxi-vmfs5", "esxi-locked", "vcenter", "vcenter-api")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
