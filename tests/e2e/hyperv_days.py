@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import product
 from typing import Any
 
-import pytest
-from _pytest.mark import ParameterSet
 from tests.e2e.bench import Bench
 from tests.e2e.places import VM
 
@@ -28,20 +24,6 @@ FAULTS: dict[str, dict[str, Any]] = {
     "no room": {"kind": "error_after", "hresult": NO_ROOM},
     "unknown": {"kind": "error"},
 }
-
-
-def cases(*axes: Iterable[object], daily: Iterable[tuple[object, ...]]) -> list[ParameterSet]:
-    """Everything with everything, at night; these alone every day."""
-    wanted = list(daily)
-    found = list(product(*axes))
-    assert all(one in found for one in wanted), "a case that there is not"
-    return [
-        pytest.param(*one, marks=() if one in wanted else pytest.mark.nightly, id=", ".join(map(_named, one))) for one in found
-    ]
-
-
-def _named(value: object) -> str:
-    return getattr(value, "__name__", str(value))
 
 
 class NodeMove:

@@ -7,12 +7,14 @@
             {"code": exit code or -signal, "events": how many kill points were passed, "stderr": "…"}
 
 A kill point is right before each write, flush, size change, journal transaction (and right after it is committed), start of a
-program, change of a domain, and before and after each script that a Hyper-V host runs: in the copying and in all that is
-recorded around it. At the Nth the child kills itself with SIGKILL.
+program, change of a domain, and before and after each script that a Hyper-V host runs and each change that an ESXi host is told
+to make: in the copying and in all that is recorded around it. At the Nth the child kills itself with SIGKILL.
 
 A moment is the name of a kill point, or of a phase that was just recorded:
 
     target:pwrite …     pwrite …     program     journal     define start stop undefine     script:NAME did:NAME     phase:NAME
+
+NAME of an ESXi's change is vim-cmd's, without what stands before the slash: `snapshot.create`.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from typing import Any
 import tokvm.app.workshop
 import tokvm.cli.main
 import tokvm.sources.hyperv.power
+import tokvm.sources.vmware.power
 from tokvm.core.errors import DomainError
 from tokvm.core.machine import Finding
 from tokvm.domain.base import Accel, DomainPlan, DomainState
@@ -44,6 +47,7 @@ from tokvm.migration.runner import Migration
 from tokvm.remote import process
 from tokvm.sources.hyperv.powershell import Asking, Value
 from tokvm.sources.hyperv.source import HyperVSource
+from tokvm.sources.vmware.shell import Outcome, Shell
 from tokvm.transfer.checkpoint import PassLimits
 
 CALLS = ("pwrite", "pwritev", "fdatasync", "fsync", "ftruncate")
@@ -164,6 +168,27 @@ class WatchedShell:
         type.__setattr__(HyperVSource, "__init__", init)
 
 
+def watch_esx(points: KillPoints, patience_s: float | None) -> None:
+    """The changes that an ESXi host is told to make."""
+    act_line, run = Shell.act_line, vars(Shell)["_run"]
+
+    def watched(shell: Shell, line: str, **how: float) -> Outcome:
+        words = line.split()
+        name = words[1].rpartition("/")[2] if words[0] == "vim-cmd" else words[0]
+        points(f"script:{name}")
+        try:
+            return act_line(shell, line, **how)
+        finally:
+            points(f"did:{name}")
+
+    def impatient(shell: Shell, line: str, timeout_s: float) -> process.Completed:
+        done: process.Completed = run(shell, line, timeout_s if patience_s is None else min(patience_s, timeout_s))
+        return done
+
+    type.__setattr__(Shell, "act_line", watched)
+    type.__setattr__(Shell, "_run", impatient)
+
+
 class FileDomainHost:
     """A DomainHost whose domains are rows of a JSON file: what a libvirtd is to tokvm, it outlives each process."""
 
@@ -229,6 +254,7 @@ def child(request: dict[str, Any], folder: Path) -> None:
     PassLimits.__init__.__defaults__ = small_checkpoints()
     points.install()
     WatchedShell.install(points, request["patience"])
+    watch_esx(points, request["patience"])
     if request["patience"] is not None:
         have_less_patience(request["patience"])
     host = FileDomainHost(Path(request["domains"]))
@@ -249,7 +275,8 @@ def child(request: dict[str, Any], folder: Path) -> None:
 
 def have_less_patience(seconds: float) -> None:
     """A guest's late stop, and a source that cannot be reached, are waited for not for minutes but for seconds."""
-    vars(tokvm.sources.hyperv.power)["LANDS_S"] = seconds
+    for power in (tokvm.sources.hyperv.power, tokvm.sources.vmware.power):
+        vars(power)["LANDS_S"] = seconds
     vars(Migration)["cutover"].__kwdefaults__.update(rescue_s=2 * seconds, late_stop_s=4 * seconds)
 
 

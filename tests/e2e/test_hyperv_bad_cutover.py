@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import pytest
 from tests.e2e.bench import Bench, Meanwhile, points
-from tests.e2e.hyperv_days import FAULTS, NodeMove, cases, foreign, give_up, merge_at_once, others, ours
+from tests.e2e.days import cases
+from tests.e2e.hyperv_days import FAULTS, NodeMove, foreign, give_up, merge_at_once, others, ours
 from tests.e2e.places import VM
 
 from tokvm.testing.hyperv.host import HyperVHost

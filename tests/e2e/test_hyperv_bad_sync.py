@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import pytest
 from tests.e2e.bench import Bench, Ended, Meanwhile, points
-from tests.e2e.hyperv_days import FAULTS, NodeMove, cases, foreign, give_up, merge_at_once, others, ours
+from tests.e2e.days import cases
+from tests.e2e.hyperv_days import FAULTS, NodeMove, foreign, give_up, merge_at_once, others, ours
 from tests.e2e.places import VM
 
 from tokvm.testing.hyperv.host import HyperVHost

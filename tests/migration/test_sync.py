@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tokvm.core.disk import Chunk
 from tokvm.core.errors import Blocked, ConnectionLost, JournalError, TargetError, TokvmError, UnsafeTarget
 from tokvm.core.machine import Snapshot
 from tokvm.migration.book import sealed
@@ -20,7 +21,7 @@ from tokvm.migration.phases import Phase
 from tokvm.migration.records import PassState, SnapshotState
 from tokvm.migration.reports import StopCause
 from tokvm.migration.runner import Converge
-from tokvm.testing.fakes import BLOCK, Death, FakeSource, FakeTarget, Fault
+from tokvm.testing.fakes import BLOCK, Death, FakeReader, FakeSource, FakeTarget, Fault
 from tokvm.transfer.manifest import ManifestWriter, RecordKind, read_manifest
 
 MakeRig = Callable[..., Any]
@@ -189,6 +190,50 @@ def test_a_connection_that_stays_away_ends_it_and_the_next_run_goes_on(rig: Any)
     rig.migration().sync(passes=1)
     assert len(rig.world.snapshots) == 1
     assert target_is_newest_snapshot(rig)
+
+
+def test_an_export_that_always_begins_anew_is_given_up_at_last(make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reader has a fingerprint of its own, as an export lease has, and breaks at another place."""
+    rig = make_rig(blocks=64)
+    rig.begin()
+    opened: list[FakeReader] = []
+
+    def breaks(self: FakeReader, position: int = 0) -> Iterator[Chunk]:
+        for number, chunk in enumerate(whole(self, position)):
+            if number == (16, 12, 8)[len(opened) % 3]:
+                raise ConnectionLost("the export broke off")
+            yield chunk
+
+    def anew(self: FakeReader, *args: Any) -> None:
+        begin(self, *args)
+        opened.append(self)
+        assert len(opened) < 20, "it goes on for ever"
+        self.fingerprint += f" {len(opened)}"
+
+    whole, begin = FakeReader.chunks, FakeReader.__init__
+    monkeypatch.setattr(FakeReader, "chunks", breaks)
+    monkeypatch.setattr(FakeReader, "__init__", anew)
+    with pytest.raises(ConnectionLost, match="broke off"):
+        rig.migration().sync(passes=1)
+    monkeypatch.setattr(FakeReader, "chunks", whole)
+    rig.migration().sync(passes=1)
+    assert target_is_newest_snapshot(rig)
+
+
+def test_another_snapshot_with_a_mark_of_ours_is_not_the_one_that_was_copied(rig: Any) -> None:
+    """Of two requests that landed somebody removed the one that was copied; the other was made later."""
+    rig.begin()
+    rig.migration().sync(passes=2)
+    mark, (made, *_) = list(rig.world.snapshots.items())[-1]
+    rig.world.guests_write()
+    del rig.world.snapshots[mark]
+    FakeSource(rig.world).snapshot(rig.world.machine(), mark)
+    rig.world.snapshots[mark] = (replace(made, key="a later one"), *rig.world.snapshots[mark][1:])
+    report = rig.migration().sync(passes=1)
+    assert [one.kind for one in report.passes] == ["base"]
+    assert target_is_newest_snapshot(rig)
+    rig.migration().finish()
+    assert rig.world.snapshots == {}
 
 
 def test_a_snapshot_that_somebody_removed_means_a_new_base(rig: Any) -> None:

@@ -47,6 +47,17 @@ def test_an_unknown_key_is_refused_with_its_fingerprint(
     assert not Path("/tmp/tokvm-was-here").exists()
 
 
+def test_the_command_by_which_a_person_teaches_the_key_does_so(shared_server: Any, open_host: OpenHost, tmp_path: Path) -> None:
+    """cutover, rollback and finish have no --accept-new-host-key."""
+    known = str(tmp_path / "known hosts")
+    with pytest.raises(HostKeyError) as caught:
+        open_host(shared_server, known_hosts=known).run(["true"])
+    by_hand = caught.value.fix.split("`")[1]
+    yes = ["-oStrictHostKeyChecking=accept-new", "-oBatchMode=yes"]
+    subprocess.run(["ssh", *yes, *shlex.split(by_hand)[1:], "true"], check=False, stdin=subprocess.DEVNULL, timeout=30)
+    open_host(shared_server, known_hosts=known).run(["true"])
+
+
 @pytest.mark.parametrize("accept", [False, True])
 def test_a_changed_key_is_refused_whatever_was_said(
     make_server: Callable[..., Any], open_host: OpenHost, attempt: Attempt, accept: bool

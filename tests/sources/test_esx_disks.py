@@ -16,6 +16,7 @@ from tokvm.sources.vmware.faults import EsxError, Fault
 from tokvm.sources.vmware.source import EsxSource
 from tokvm.testing.sesparse_writer import SesparseOptions, write_sesparse
 from tokvm.testing.vmdk_descriptor import Identity
+from tokvm.testing.vmdk_flat_writer import write_flat
 
 DISK = Disk(0, KEY, SIZE, device="scsi0:0")
 A, B, C = (bytes([value]) * 4096 for value in b"abc")
@@ -159,6 +160,14 @@ def test_a_flat_file_that_is_shorter_than_its_disk_is_refused(frozen: Frozen) ->
         file.truncate(SIZE - 512)
     with pytest.raises(ImageError, match="size of the VMFS extent"):
         frozen.open(0)
+
+
+def test_a_disk_that_its_descriptor_makes_smaller_is_refused(frozen: Frozen) -> None:
+    """Nobody would write the rest of the target."""
+    write_flat(frozen.host.folder / "web.vmdk", size=SIZE - MiB, runs=[(0, A)], identity=Identity(cid=CID))
+    with pytest.raises(ImageError, match=f"speaks of {SIZE - MiB} bytes, the host of {SIZE}"):
+        frozen.open(0)
+    assert frozen.server.handles == []
 
 
 def test_a_failure_is_explained_by_one_dd(frozen: Frozen) -> None:
@@ -309,6 +318,7 @@ def test_a_removed_snapshot_moves_the_files_and_the_next_delta_finds_them(frozen
 def test_a_task_on_the_disks_is_waited_for_but_not_for_ever(frozen: Frozen, monkeypatch: pytest.MonkeyPatch) -> None:
     frozen.host.tasks["haTask-12-vim.VirtualMachine.consolidateDisks-1"] = "running"
     assert frozen.read(0) == {0: b"a", 8 * MiB: b"a"}
+    frozen.host.tasks["haTask-12-vim.VirtualMachine.consolidateDisks-2"] = "running"  # one that was over stays so
     monkeypatch.setattr(frozen.host, "do_task_info", lambda _: '(vim.TaskInfo) {\n   state = "queued"\n}\n')
     with pytest.raises(SourceError, match="consolidateDisks"):
         frozen.open(0)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pypsrp.encryption import WinRMEncryption
 from tests.sources.test_hyperv_scripts import PAGE, errors
 
 from tokvm.core.errors import ConnectionLost, SourceError, UsageError
@@ -24,6 +25,7 @@ from tokvm.sources.hyperv.powershell import PowerShell
 from tokvm.sources.hyperv.psrp import WinrmHost
 from tokvm.sources.hyperv.winrm import WinrmConfig, WinrmPlace
 from tokvm.testing.certificates import Authority, fingerprint
+from tokvm.testing.hyperv import winrm_server
 from tokvm.testing.hyperv.host import HostOptions, HyperVHost, MachineSpec, build_host
 from tokvm.testing.hyperv.winrm_server import DENIED, PASSWORD, USER, WinrmServer
 
@@ -268,6 +270,38 @@ def test_over_http_nothing_is_sent_in_clear(host: HyperVHost, authority: Authori
         assert b"HTTP-SPNEGO-session-encrypted" in tap.heard
         assert b"Envelope" not in tap.heard
         assert b"Basic" not in tap.heard
+
+
+@pytest.mark.parametrize("code", [200, 500, 503])
+def test_over_http_an_answer_in_clear_is_not_believed(
+    host: HyperVHost, authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Who sits between us and the host can let the login pass, and then answer himself: that the VM is off, say."""
+    with WinrmServer(host, tmp_path / "winrm", certificate=None) as server:
+        shell = PowerShell(WinrmHost(config(server, authority)))
+        assert shell.ask("list", {})
+        reply, asked = winrm_server._Connection._reply, []
+
+        def in_clear(self: Any, status: int, body: bytes, *, login: str = "", kind: str = "") -> None:
+            if not kind.startswith("multipart"):
+                reply(self, status, body, login=login, **({"kind": kind} if kind else {}))
+                return
+            asked.append(body)
+            reply(self, code, opened[-1])  # what the host said last
+
+        opened: list[bytes] = []
+        seal = WinRMEncryption.wrap_message
+
+        def remembered(self: Any, text: bytes) -> Any:
+            opened.append(text)
+            return seal(self, text)
+
+        monkeypatch.setattr(WinRMEncryption, "wrap_message", remembered)
+        monkeypatch.setattr(winrm_server._Connection, "_reply", in_clear)
+        with pytest.raises(SourceError, match="in clear"):
+            shell.ask("list", {})
+        assert asked
+        shell.close()
 
 
 def test_a_redirection_is_not_followed_and_a_proxy_not_used(secure: WinrmServer, authority: Authority) -> None:

@@ -401,8 +401,10 @@ def test_strict_and_old_servers_are_read(tmp_path: Path, settings: dict[str, str
         files.close()
 
 
-def test_an_answer_in_clear_is_not_taken(files: SmbFiles, drive: Path) -> None:
-    """What somebody in between could put there: a well-formed answer without encryption or signature."""
+@pytest.mark.parametrize("command", [None, 0, 1])
+def test_an_answer_in_clear_is_not_taken(files: SmbFiles, drive: Path, command: int | None) -> None:
+    """What somebody in between could put there: a well-formed answer without encryption or signature. command: what it says of
+    itself that it answers; logging in (0, 1) is the one thing that is answered in clear."""
     data = write(drive, "clear.bin", 1000)
     file = opened(files, C + "clear.bin")
     connection: Any = files.linked("").link._connection
@@ -417,7 +419,10 @@ def test_an_answer_in_clear_is_not_taken(files: SmbFiles, drive: Path) -> None:
             return raw
         header = SMB2TransformHeader()
         header.unpack(raw)
-        return bytes(plain(header))
+        found = bytearray(plain(header))
+        if command is not None:
+            found[12:14] = struct.pack("<H", command)
+        return bytes(found)
 
     assert read(file, 0, 1000) == data
     connection.transport.recv = stripped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import threading
@@ -210,6 +211,28 @@ def test_another_range_than_the_one_asked_for_is_refused(server: Server, file: F
     server.answers.append(raw(206, {"Content-Range": said, "Content-Length": "512"}, bytes(512)))
     with pytest.raises((SourceError, ImageError)):
         read(file, 4096, 512)
+
+
+def test_an_answer_that_does_not_end_is_not_read_to_its_end(server: Server, file: FolderFile) -> None:
+    """In chunks it may be of any length, whatever its Content-Range says."""
+    sent: list[int] = []
+
+    def endless(handler: Any) -> bool:
+        handler.send_response(206)
+        handler.send_header("Content-Range", f"bytes 4096-4607/{len(server.data)}")
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        with contextlib.suppress(OSError):
+            while len(sent) < 200:
+                handler.wfile.write(b"100000\r\n" + bytes(1 << 20) + b"\r\n")
+                sent.append(1 << 20)
+        handler.close_connection = True
+        return True
+
+    server.answers.append(endless)
+    with pytest.raises(SourceError, match="more than the part"):
+        read(file, 4096, 512)
+    assert len(sent) < 200
 
 
 def test_a_file_that_changed_its_size_is_noticed(server: Server, file: FolderFile) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
@@ -15,7 +16,7 @@ from tokvm.core.extents import ExtentKind
 from tokvm.core.machine import PowerState, Snapshot
 from tokvm.images.chain import Chain
 from tokvm.remote.tls import CertificateRefused, TlsTrust, parse_fingerprint
-from tokvm.sources.vmware.api import cbt, lease, nbd, snapshots
+from tokvm.sources.vmware.api import cbt, lease, nbd, properties, snapshots
 from tokvm.sources.vmware.api.datastores import bare_name, beside, folder_target, split_path
 from tokvm.sources.vmware.api.faults import VsphereError, error_of
 from tokvm.sources.vmware.api.machine import disks_of, hardware_version, power_state, snapshots_of
@@ -397,6 +398,25 @@ def test_a_tree_of_snapshots_is_flattened_however_deep() -> None:
 )
 def test_a_leases_key_names_the_disks_place(key: str, node: Node | None) -> None:
     assert lease._node_of(key) == node
+
+
+@pytest.mark.parametrize(
+    "url", ["https://*:x/nfc/1/disk-0.vmdk", "https://[::1/nfc", "https://*:99999/nfc", "file:///etc/shadow"]
+)
+def test_a_lease_s_url_that_cannot_be_is_refused(url: str) -> None:
+    with pytest.raises(SourceError, match=r"no URL|not https"):
+        lease._parted(url, "vc")
+
+
+def test_pages_without_end_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(properties, "MOST_PAGES", 5)
+    page = SimpleNamespace(objects=[], token="more")
+    collector = SimpleNamespace(
+        RetrievePropertiesEx=lambda **_: page, ContinueRetrievePropertiesEx=lambda token: page if token else None
+    )
+    client: Any = SimpleNamespace(where="vc", content=SimpleNamespace(propertyCollector=collector))
+    with pytest.raises(SourceError, match="more than 5 pages"):
+        properties._pages(client, None)
 
 
 def test_a_key_of_another_kind_of_source_is_refused() -> None:

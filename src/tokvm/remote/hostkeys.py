@@ -16,7 +16,7 @@ from pathlib import Path
 from tokvm.core.errors import HostKeyError, TokvmError
 from tokvm.remote import process
 from tokvm.remote.errors import is_changed_key
-from tokvm.remote.ssh_config import HostKeys, SshConfig
+from tokvm.remote.ssh_config import HostKeys, SshConfig, option_value
 
 # `256 SHA256:… name (ED25519)` from -l, `name ED25519 SHA256:…` from -l -F.
 _FINGERPRINT = re.compile(r"(?:([A-Z0-9-]+) )?(SHA256:[A-Za-z0-9+/]{43})(?![A-Za-z0-9+/])(?:.*\(([A-Z0-9-]+)\)$)?")
@@ -78,8 +78,17 @@ def host_key_error(config: SshConfig, stderr: bytes) -> HostKeyError:
         f"the host key is unknown: {shown}",
         where=config.where,
         fix="compare it with the host's own (ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub there), "
-        "then run again with --accept-new-host-key",
+        f"then run again with --accept-new-host-key, or where there is no such option after `{_by_hand(config)}`",
     )
+
+
+def _by_hand(config: SshConfig) -> str:
+    """The command with which a person teaches ssh this host's key, into the file that counts here."""
+    port = ["-p", str(config.port)] if config.port else []
+    files = ["-F", config.config_file] if config.config_file else []
+    files += ["-o", f"UserKnownHostsFile={option_value(config.known_hosts)}"] if config.known_hosts else []
+    name = f"{config.user}@{config.host}" if config.user else config.host
+    return shlex.join(["ssh", *files, *port, name])
 
 
 def _known_as(config: SshConfig, settings: dict[str, str]) -> str:

@@ -17,6 +17,7 @@ from tokvm.core.errors import UsageError
 
 VARIABLE = "TOKVM_PASSWORD"
 _MOST = 4096
+_KEPT = "cutover, rollback and finish use the file that `tokvm sync … --password-file FILE` named last"
 
 
 def password_for(whom: str, file: str | None) -> str:
@@ -30,7 +31,7 @@ def password_for(whom: str, file: str | None) -> str:
         return getpass.getpass(f"Password of {whom}: ", stream=sys.stderr)
     raise UsageError(
         f"no password for {whom}",
-        fix=f"give --password-file FILE (mode 0600), or set {VARIABLE}, or run it at a terminal, where it is asked for",
+        fix=f"set {VARIABLE}, or run it at a terminal, which asks for it, or give --password-file FILE (mode 0600); {_KEPT}",
     )
 
 
@@ -40,7 +41,11 @@ def _from_file(path: Path) -> str:
             mode = os.fstat(file.fileno()).st_mode
             raw = file.read(_MOST + 1)
     except OSError as exc:
-        raise UsageError(f"the password's file cannot be read: {exc.strerror}", where=str(path)) from exc
+        raise UsageError(
+            f"the password's file cannot be read: {exc.strerror}",
+            where=str(path),
+            fix=f"put the password there (mode 0600) and run the same command again; {_KEPT}",
+        ) from exc
     if stat.S_ISREG(mode) and mode & 0o077:
         raise UsageError("others can read the password's file", where=str(path), fix=f"chmod 600 {path}")
     line = raw.partition(b"\n")[0].removesuffix(b"\r")

@@ -120,7 +120,8 @@ def certificate_refused(exc: ssl.SSLError, *, host: str, port: int, where: str) 
     return CertificateRefused(
         what + told,
         where=where,
-        fix="compare that fingerprint with the host's own (on its console), then give --tls-fingerprint; or its CA by --tls-ca",
+        fix="compare that fingerprint with the host's own (on its console), then give --tls-fingerprint; or its CA by "
+        "--tls-ca. In a migration that was begun, `tokvm sync … --tls-fingerprint …` keeps it for cutover, rollback and finish",
     )
 
 

@@ -34,25 +34,27 @@ def copy_round(work: Work, vm: VirtualMachine, at: SnapshotRecord, since: Round 
 def _copy_patiently(
     work: Work, record: DiskRecord, disk: Disk, at: SnapshotRecord, since: Round | None, *, in_downtime: bool
 ) -> None:
-    """A connection that breaks is made again, as long as each one brings the pass forward, and a few times when not."""
-    tries, reached = 0, _reached(work, record, at)
+    """A connection that breaks is made again, as long as each one brings the pass further than any before it, and a few times
+    when not: an export that can only be read from its start would be begun anew for ever."""
+    tries, furthest = 0, _reached(work, record, at)
     while True:
         try:
             _copy_disk(work, record, disk, at, since, in_downtime=in_downtime)
             return
         except ConnectionLost as lost:
-            place = _reached(work, record, at)
-            tries = 0 if place != reached else tries + 1
-            reached = place
+            reached = _reached(work, record, at)
+            tries = 0 if reached > furthest else tries + 1
+            furthest = max(furthest, reached)
             if tries >= TRIES or (in_downtime and work.over_budget()):
                 raise
             work.doors.observer.note(f"disk {record.index}: connection lost ({lost.what}); going on")
             work.sleep(work.options.poll_s * 3**tries)
 
 
-def _reached(work: Work, disk: DiskRecord, at: SnapshotRecord) -> Checkpoint | None:
+def _reached(work: Work, disk: DiskRecord, at: SnapshotRecord) -> int:
+    """Bytes that this pass has brought to the target's medium, zeros too."""
     row = _row(work, disk, at)
-    return None if row is None else row.checkpoint
+    return 0 if row is None or row.checkpoint is None else row.checkpoint.data_bytes + row.checkpoint.zero_bytes
 
 
 def _row(work: Work, disk: DiskRecord, at: SnapshotRecord) -> PassRecord | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from tokvm.core.errors import Blocked, ConnectionLost, SourceError
 from tokvm.core.machine import Snapshot, VirtualMachine
@@ -46,14 +47,23 @@ def make(work: Work, vm: VirtualMachine, intended: SnapshotRecord) -> SnapshotRe
 
 def reconcile(work: Work) -> None:
     """Compare the journal's snapshots with the source's: adopt what was made but not written down, void what is gone."""
-    there = {snapshot.mark: snapshot for snapshot in work.ask(lambda uuid: work.doors.source.snapshots(uuid, work.mark_prefix))}
+    there = work.ask(lambda uuid: work.doors.source.snapshots(uuid, work.mark_prefix))
     for record in work.book.snapshots():
-        _settle(work, record, there.get(record.mark))
+        _settle(work, record, _same(record, there))
     rounds = rounds_of(work.book)
     base = newest_done(rounds)
     if base is not None and base.snapshot.state is SnapshotState.REMOVED:
         work.note(f"snapshot {base.snapshot.mark} is gone from the source: the disks are copied anew")
         work.book.void_passes()
+
+
+def _same(record: SnapshotRecord, there: Sequence[Snapshot]) -> Snapshot | None:
+    """One that is known is the one with its key: another with the same mark (of two requests that landed) was taken at another
+    moment. A VM that was registered anew may have new keys for the old ones; nobody can tell that, so they are others, too."""
+    found = [one for one in there if one.mark == record.mark]
+    if record.state is SnapshotState.MADE:
+        found = [one for one in found if one.key == record.snapshot.key]
+    return found[0] if found else None
 
 
 def _settle(work: Work, record: SnapshotRecord, found: Snapshot | None) -> None:

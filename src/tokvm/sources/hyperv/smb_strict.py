@@ -13,6 +13,8 @@ from tokvm.core.units import KiB, MiB
 
 _LONGEST = MiB + 64 * KiB  # a message; nothing that we ask for is answered with more
 
+_IN_CLEAR = (Commands.SMB2_NEGOTIATE, Commands.SMB2_SESSION_SETUP)  # there is no key yet
+
 logging.getLogger("smbprotocol").setLevel(logging.CRITICAL)  # it logs whole messages, and failures that are ours to tell
 
 
@@ -43,13 +45,11 @@ class StrictConnection(Connection):  # type: ignore[misc]
         return super().receive(request, wait=wait, timeout=timeout or self.silence_s, resolve_symlinks=False)
 
     def verify_signature(self, header: Any, session_id: int, force: bool = False) -> None:  # noqa: FBT001
-        """Called for every message that came in clear."""
-        session = self.session_table.get(session_id)
-        if (
-            session is not None
-            and session.encrypt_data
-            and not force
-            and header["command"].get_value() != Commands.SMB2_SESSION_SETUP
-        ):
+        """Called for every message that came in clear; with `force` once more for the one that ends the login.
+
+        What was asked decides, not what the answer says that it answers: somebody in between could call anything a login."""
+        request = self.outstanding_requests.get(header["message_id"].get_value())
+        asked = None if request is None else request.message["command"].get_value()
+        if not force and (asked not in _IN_CLEAR or header["command"].get_value() != asked):
             raise exceptions.SMBException("a message in clear came on an encrypted session")
         super().verify_signature(header, session_id, force=force)

@@ -6,7 +6,8 @@ Whatever the port, nobody but 5985 is talked to without TLS, and nobody at all w
 not exist here. Over HTTP the host proves itself by knowing the user's key (NTLM's or Kerberos' session key), over TLS by its
 certificate as well, and the login is bound to that certificate (channel binding). No proxy is used, no redirection followed.
 
-pypsrp speaks the protocol, requests carries it; what may come back is bounded here, in bytes and in time.
+pypsrp speaks the protocol, requests carries it; what may come back is bounded here, in bytes and in time, and over HTTP must be
+encrypted.
 Specs: Microsoft, [MS-WSMV] and [MS-PSRP].
 """
 
@@ -36,6 +37,7 @@ HTTPS, HTTP, SMB = 5986, 5985, 445
 OPERATION_S = 20  # what the host holds a question open for, before it says "nothing yet"
 CONNECT_S = 15.0
 MOST_RECEIVED = 48 * MiB  # for one request; the largest answer of a script, in base64 in CLIXML in base64, is a third of it
+_SEALED = ("multipart/encrypted;", "multipart/x-multi-encrypted;")  # exactly what pypsrp decrypts
 _PLACE = re.compile(
     r"(?:(?P<user>[^@/?]*)@)?(?:\[(?P<v6>[0-9A-Fa-f:.%]+)\]|(?P<host>[A-Za-z0-9_][A-Za-z0-9._-]*))"
     r"(?::(?P<port>[0-9]{1,5}))?/?(?:\?smb=(?P<smb>[0-9]{1,5}))?"
@@ -210,9 +212,20 @@ class _Adapter(HTTPAdapter):
     def build_response(self, req: Any, resp: Any) -> Any:
         response = super().build_response(req, resp)
         self._raw = [*(raw for raw in self._raw if not raw.closed), resp]
+        self._refuse_clear(req, response)
         whole = response.iter_content
         response.iter_content = lambda *args, **named: self._bounded(whole(*args, **named))  # type: ignore[method-assign]
         return response
+
+    def _refuse_clear(self, req: Any, response: Any) -> None:
+        """Over HTTP pypsrp believes an answer that is not encrypted as well, and anybody on the way could have given that one.
+        The login's own requests have no body; 401 begins another login."""
+        sealed = str(response.headers.get("content-type", "")).startswith(_SEALED)
+        if self._config.tls or not req.body or response.status_code == requests.codes.unauthorized or sealed:
+            return
+        if response.status_code >= requests.codes.bad_request:  # Windows' HTTP.sys says these without asking WinRM
+            raise requests.exceptions.ConnectionError(f"the host answered {response.status_code}, in clear")
+        raise ValueError("an answer in clear, where all are encrypted: somebody may sit between us and the host")
 
     def _bounded(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
         for piece in pieces:

@@ -19,7 +19,7 @@ from tokvm.core.units import format_bytes
 from tokvm.images.chain import Chain
 from tokvm.sources.frozen import FrozenDisk
 from tokvm.sources.lanes import Lanes
-from tokvm.sources.vmware.layers import Layers
+from tokvm.sources.vmware.layers import Layers, whole
 from tokvm.sources.vmware.machines import Machines, Place
 from tokvm.sources.vmware.places import Datastores
 from tokvm.sources.vmware.shell import Shell
@@ -51,7 +51,7 @@ class Clones:
             self._make(place, frozen, path, disk)
         layers = Layers(self._shell, self._lanes, found.inside.stores)
         try:
-            chain = Chain.open([layers.open(path)])
+            chain = whole(Chain.open([layers.open(path)]), disk)
             return _ClonedDisk(chain, layers, lambda: self._delete(path))
         except BaseException:
             layers.close()

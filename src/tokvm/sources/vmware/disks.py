@@ -26,7 +26,7 @@ from tokvm.sources.lanes import Lanes
 from tokvm.sources.vmware import snapshots
 from tokvm.sources.vmware.clones import Clones
 from tokvm.sources.vmware.faults import EsxError, Fault
-from tokvm.sources.vmware.layers import Layers
+from tokvm.sources.vmware.layers import Layers, whole
 from tokvm.sources.vmware.machines import Machines
 from tokvm.sources.vmware.marks import ids_of
 from tokvm.sources.vmware.shell import Shell
@@ -60,7 +60,7 @@ class Disks:
         found, wanted = which.find()
         layers = Layers(self._shell, self._lanes, found.inside.stores)
         try:
-            chain = Chain.open(layers.open_all(wanted.paths, wanted.below))
+            chain = whole(Chain.open(layers.open_all(wanted.paths, wanted.below)), disk)
             if chain.partial != (since is not None):
                 raise which.error(
                     "the lowest layer is no base, or is one where a delta was expected", "see the VM's descriptors"

@@ -46,7 +46,7 @@ class EsxError(SourceError):
 
 
 _FAULT = re.compile(r"^\((?:(?:vim|vmodl)\.fault\.([A-Za-z0-9]{1,80})|vmodl\.(RuntimeFault|MethodFault))\) \{", re.MULTILINE)
-_MESSAGE = re.compile(r'^\s*msg = "(.*)"', re.MULTILINE)
+_MESSAGE = re.compile(r'^[ \t]*msg = "(.*)"', re.MULTILINE)
 _CLI_FAILED = re.compile(r"^[A-Z][A-Za-z ]{1,60} failed\b", re.MULTILINE)
 _AWAY = re.compile(
     r"^(?:Connect(?:ion)? to .{0,200} failed|Failed to (?:connect|login)|"

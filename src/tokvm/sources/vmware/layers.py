@@ -17,9 +17,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from tokvm.core.errors import ImageError, SourceError
+from tokvm.core.machine import Disk
 from tokvm.core.text import readable
 from tokvm.core.units import SECTOR, KiB
 from tokvm.images.base import Layer
+from tokvm.images.chain import Chain
 from tokvm.images.vmdk.descriptor import Descriptor, read_descriptor
 from tokvm.images.vmdk.layer import VmdkLayer, open_vmdk
 from tokvm.remote.sftp import RemoteFileError
@@ -43,6 +45,18 @@ HABITS = Habits(
     changed="a consolidation or a person changes the VM's files; run the same command again",
     lanes=4,
 )
+
+
+def whole(chain: Chain, disk: Disk) -> Chain:
+    """The chain, if it is as large as the host says that the disk is: what descriptors leave out would stay on the target as it
+    was. (A disk with snapshots does not grow.)"""
+    if chain.size != disk.size:
+        raise ImageError(
+            f"its descriptor speaks of {chain.size} bytes, the host of {disk.size}",
+            where=chain.name,
+            fix="see the disk's size in the host's client and in its descriptor; `vmkfstools -x check` looks at it",
+        )
+    return chain
 
 
 class Layers:

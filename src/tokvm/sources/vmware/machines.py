@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 _POWER = {"poweredOn": PowerState.RUNNING, "poweredOff": PowerState.OFF, "suspended": PowerState.SUSPENDED}
 _ESCAPES = {"%2f": "/", "%2F": "/", "%5c": "\\", "%5C": "\\", "%25": "%"}
-_VMX = re.compile(r'^\s*vmPathName = "(\[.{1,4000}\.vmx)",?[ \t]*$', re.MULTILINE)
+_VMX = re.compile(r'^[ \t]*vmPathName = "(\[.{1,4000}\.vmx)",?[ \t]*$', re.MULTILINE)
 _MOST_GUESSES = 4
 _GETALLVMS = vim("vmsvc/getallvms")
 

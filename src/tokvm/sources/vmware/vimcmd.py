@@ -42,8 +42,9 @@ _TYPE = re.compile(r"\(([A-Za-z][A-Za-z0-9_.]{0,200})\)\s*(\{|\[|null\b)")
 _NAME = re.compile(r"([A-Za-z_][A-Za-z0-9_]{0,100})\s*=\s*")
 _WORD = re.compile(r"[A-Za-z0-9_.+-]{1,100}")
 _NUMBER = re.compile(r"-?[0-9]{1,20}")
-_STRING_END = re.compile(r'"(?=[ \t]*,?[ \t]*(?:\r?\n|\Z))')
-_REFERENCE_END = re.compile(r"'(?=[ \t]*,?[ \t]*(?:\r?\n|\Z))")
+# One run of blanks at a time: two side by side would take quadratic time over a guest's host name of nothing but blanks.
+_STRING_END = re.compile(r'"(?=[ \t]*(?:,[ \t]*)?(?:\r?\n|\Z))')
+_REFERENCE_END = re.compile(r"'(?=[ \t]*(?:,[ \t]*)?(?:\r?\n|\Z))")
 
 
 class Reference(str):

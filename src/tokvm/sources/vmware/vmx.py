@@ -25,9 +25,10 @@ from dataclasses import dataclass
 from tokvm.core.text import readable
 
 LONGEST = 2 << 20
-_LINE = re.compile(r'\s*([^=\s"#][^="]{0,200}?)\s*=\s*(?:"([^"]*)"|([^"\s]*))\s*')
+_KEY = re.compile(r'[^=\s"#][^="]{0,200}')
+_VALUE = re.compile(r'"([^"]*)"|([^"\s]*)')
 _ESCAPE = re.compile(rb"\|([0-9A-Fa-f]{2})")
-_ENCODING = re.compile(rb'^\s*\.encoding\s*=\s*"([A-Za-z0-9_.-]{1,32})"', re.MULTILINE)
+_ENCODING = re.compile(rb'^[ \t]*\.encoding[ \t]*=[ \t]*"([A-Za-z0-9_.-]{1,32})"', re.MULTILINE)
 _DISK = re.compile(r"((?:ide|scsi|sata|nvme)[0-9]{1,2}:[0-9]{1,3})\.filename")
 _SNAPSHOT = re.compile(r"snapshot([0-9]{1,6})\.uid")
 _OURS = {"windows-936": "gb18030", "windows-932": "cp932", "windows-949": "cp949", "windows-950": "cp950"}
@@ -49,11 +50,12 @@ class Dictionary:
     def _line(self, number: int, line: str, codec: str) -> None:
         if not line.strip() or line.lstrip().startswith("#"):
             return
-        found = _LINE.fullmatch(line)
-        if found is None:
+        key, sign, rest = line.partition("=")
+        found = _VALUE.fullmatch(rest.strip())
+        if found is None or not sign or not _KEY.fullmatch(key.strip()):
             raise ValueError(f'line {number} is {readable(repr(line), limit=80)}, not key = "value"')
-        value = _decoded(found[2] if found[2] is not None else found[3], codec)
-        values = self._values.setdefault(found[1].lower(), [])
+        value = _decoded(found[1] if found[1] is not None else found[2], codec)
+        values = self._values.setdefault(key.strip().lower(), [])
         if value not in values:
             values.append(value)
 
@@ -99,7 +101,7 @@ def _decoded(text: str, codec: str) -> str:
     raw = _ESCAPE.sub(lambda found: bytes([int(found[1], 16)]), text.encode("latin-1"))
     try:
         return raw.decode(codec)
-    except UnicodeDecodeError:
+    except (UnicodeError, LookupError):  # Python knows codecs, like rot13, that are none of texts
         return raw.decode("utf-8", "surrogateescape")
 
 

@@ -88,7 +88,8 @@ class FolderFile(FrozenFile):
 
     def _size_now(self) -> int:
         with self._range(0, SECTOR, learning=True) as (answer, total):
-            answer.read()
+            answer.read(SECTOR)
+            self._ended(answer)
         return total
 
     def _read(self, offset: int, view: memoryview) -> None:
@@ -103,7 +104,12 @@ class FolderFile(FrozenFile):
                         f"the connection ended {len(view) - done} bytes early", where=f"{self.name}@{offset + done:#x}"
                     )
                 done += count
-            answer.read()  # to the end, so that the connection can be used again
+            self._ended(answer)
+
+    def _ended(self, answer: HTTPResponse) -> None:
+        """The answer is over, so that the connection can be used again; what never ends is not waited for."""
+        if answer.read(1):
+            raise SourceError("the server sent more than the part that was asked for", where=self.name)
 
     @contextmanager
     def _range(self, offset: int, length: int, *, learning: bool = False) -> Iterator[tuple[HTTPResponse, int]]:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from http.client import HTTPException, HTTPResponse
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from tokvm.core.errors import ConnectionLost, SourceError
 from tokvm.core.text import readable
@@ -203,16 +203,26 @@ class LeaseStream:
 def _address(lease: Lease, disk: VmDisk) -> tuple[Web, str]:
     """The connection for, and the place of, one disk's stream."""
     found = _url_of(lease, disk)
-    parts = urlsplit(str(found.url))
     client = lease.client
-    if parts.scheme != "https":
-        raise SourceError(f"the lease offers {readable(parts.scheme)}, not https", where=client.where)
+    parts, said_port = _parted(str(found.url), client.where)
     host = client.place.host if parts.hostname in ("*", None) else parts.hostname
-    port = parts.port or (client.place.port if parts.hostname in ("*", None) else 443)
+    port = said_port or (client.place.port if parts.hostname in ("*", None) else 443)
     target = parts.path + (f"?{parts.query}" if parts.query else "")
     if (host, port) == (client.place.host, client.place.port):
         return Web(Peer(host, port, client.trust, client)), target
     return Web(Peer(host, port, _trust(client, found))), target
+
+
+def _parted(url: str, where: str) -> tuple[SplitResult, int | None]:
+    """A URL and its port, if it is one of https."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as exc:
+        raise SourceError(f"the lease offers {readable(repr(url), limit=120)}, which is no URL", where=where) from exc
+    if parts.scheme != "https":
+        raise SourceError(f"the lease offers {readable(parts.scheme)}, not https", where=where)
+    return parts, port
 
 
 def _trust(client: Client, found: Any) -> TlsTrust:

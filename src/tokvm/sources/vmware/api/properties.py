@@ -15,6 +15,7 @@ from tokvm.sources.vmware.api.client import Client
 from tokvm.sources.vmware.api.vmomi import vim, vmodl
 
 PAGE = 100
+MOST_PAGES = 10_000
 _PC = vmodl.query.PropertyCollector
 
 
@@ -102,10 +103,13 @@ def _pages(client: Client, wanted: Any) -> list[Any]:
     collector = client.content.propertyCollector
     answer = collector.RetrievePropertiesEx(specSet=[wanted], options=_PC.RetrieveOptions(maxObjects=PAGE))
     found: list[Any] = []
+    pages = 0
     while answer is not None:
         found += answer.objects or ()
         if not answer.token:
             break
+        if (pages := pages + 1) > MOST_PAGES:
+            raise SourceError(f"the server's answer has more than {MOST_PAGES} pages", where=client.where)
         answer = collector.ContinueRetrievePropertiesEx(token=answer.token)
     for content in found:
         for missing in content.missingSet or ():
