@@ -69,7 +69,7 @@ def test_two_tebibytes_with_every_block_in_the_file_map_in_seconds(kit: Any, tmp
     count = size // (2 * MiB)
     found = probe(sparse_vhd(kit, tmp_path / "full.vhd", size=size, present=range(count), bits=bytes(512)))
     assert found["zero"] == size
-    assert found["cpu_s"] < 15
+    assert found["cpu_s"] < 30
     assert found["peak"] < 300 * MiB
 
 
@@ -80,7 +80,7 @@ def test_alternating_sectors_stay_within_bounds(kit: Any, tmp_path: Path) -> Non
     found = probe(sparse_vhd(kit, tmp_path / "worst.vhd", size=size, present=range(2048), bits=b"\xaa" * 512))
     assert found["rows"] >= 2 * (size // 1024) - found["windows"]
     assert found["most"] <= (1 << 17) + 4096
-    assert found["cpu_s"] < 15
+    assert found["cpu_s"] < 30
     assert found["peak"] < 256 * MiB
 
 
