@@ -15,6 +15,8 @@ from tokvm.testing.esxi.host import DatastoreSpec, DiskSpec, MachineSpec
 from tokvm.testing.vsphere.host import VSphere
 from tokvm.testing.vsphere.sessions import IDLE_S
 
+pytestmark = pytest.mark.slow
+
 FLAT, DELTA, DESCRIPTOR = "web/web-flat.vmdk", "web/web-000001-sesparse.vmdk", "web/web.vmdk"
 
 

@@ -11,6 +11,8 @@ from tests.persona.vsphere_client import all_of, connected, disks, machine, read
 
 from tokvm.testing.esxi.host import AutostartSpec, DatastoreSpec, DiskSpec, MachineSpec, NicSpec
 
+pytestmark = pytest.mark.slow
+
 KINDS = [
     vim.VirtualMachine,
     vim.HostSystem,

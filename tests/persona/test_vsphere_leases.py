@@ -21,6 +21,8 @@ from tokvm.testing.esxi.host import DiskSpec, MachineSpec
 from tokvm.testing.vsphere.host import VSphere
 from tokvm.testing.vsphere.options import CHUNKED, CLOSE
 
+pytestmark = pytest.mark.slow
+
 SIZES = (6 * MiB, 3 * MiB + 512)
 MARKER = bytes(512)
 

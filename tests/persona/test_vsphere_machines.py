@@ -12,6 +12,8 @@ from tests.persona.vsphere_client import connected, machine, read, result, snaps
 
 from tokvm.testing.esxi.host import AutostartSpec, DiskSpec, MachineSpec
 
+pytestmark = pytest.mark.slow
+
 MARK = "tokvm-0123-1"
 
 

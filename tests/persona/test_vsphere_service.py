@@ -24,6 +24,8 @@ from tokvm.testing.vsphere.contract import TOKVM_CALLS
 from tokvm.testing.vsphere.host import VSphere
 from tokvm.testing.vsphere.sessions import IDLE_S
 
+pytestmark = pytest.mark.slow
+
 BROKEN = (OSError, HTTPException)
 
 

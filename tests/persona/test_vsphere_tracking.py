@@ -14,6 +14,8 @@ from tokvm.testing.esxi.host import DatastoreSpec, DiskSpec, MachineSpec
 from tokvm.testing.vsphere.host import VSphere
 from tokvm.testing.vsphere.tracking import BLOCK
 
+pytestmark = pytest.mark.slow
+
 SIZE = 4 * MiB + 512  # ends within a block
 KiB = 1 << 10
 Areas = list[tuple[int, int]]
