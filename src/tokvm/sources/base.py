@@ -6,12 +6,14 @@ uuid everywhere below `find`, because names are any text and need not be unique.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
 from tokvm.core.disk import DiskReader
-from tokvm.core.errors import SourceError
+from tokvm.core.errors import SourceError, UsageError
 from tokvm.core.machine import Disk, Finding, OffEvidence, PowerState, Snapshot, VirtualMachine
+from tokvm.core.text import readable
 
 
 class NoLiveDelta(SourceError):
@@ -28,6 +30,17 @@ class MachineSummary:
     uuid: str
     name: str
     power: PowerState
+
+
+def only_one_called(name: str, machines: Sequence[MachineSummary], *, where: str, absent: str, several: str) -> str:
+    """Its uuid. UsageError, with what to do in `absent` or `several`, when there is none or when the name is not unique."""
+    found = [machine for machine in machines if machine.name == name]
+    if not found:
+        raise UsageError(f"there is no VM {name!r}", where=where, fix=absent)
+    if len(found) > 1:
+        listed = ", ".join(f"{machine.uuid} ({machine.power})" for machine in found)
+        raise UsageError(f"{len(found)} VMs are called {readable(name)!r}: {listed}", where=where, fix=several)
+    return found[0].uuid
 
 
 @runtime_checkable

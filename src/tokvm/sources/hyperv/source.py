@@ -8,7 +8,7 @@ from tokvm.core.disk import DiskReader
 from tokvm.core.errors import SourceError, UsageError
 from tokvm.core.machine import Disk, Finding, OffEvidence, PowerState, Snapshot, VirtualMachine
 from tokvm.core.text import readable
-from tokvm.sources.base import MachineSummary
+from tokvm.sources.base import MachineSummary, only_one_called
 from tokvm.sources.hyperv import check, claims, disks, fence, inventory, power, snapshots
 from tokvm.sources.hyperv.answers import is_guid
 from tokvm.sources.hyperv.files import Connecting, Lanes
@@ -66,22 +66,11 @@ class HyperVSource:
         wanted = name_or_uuid.lower().strip("{}")
         if any(machine.uuid == wanted for machine in machines):
             return wanted
-        found = [machine for machine in machines if machine.name == name_or_uuid]
-        if not found:
-            raise UsageError(
-                f"there is no VM {name_or_uuid!r}",
-                where=self.url,
-                fix="see `tokvm ls`; in a cluster, name the node that owns it, or move a VM whose migration was begun here "
-                "back to this node, then run the same command again",
-            )
-        if len(found) > 1:
-            listed = ", ".join(f"{machine.uuid} ({machine.power})" for machine in found)
-            raise UsageError(
-                f"{len(found)} VMs are called {readable(name_or_uuid)!r}: {listed}",
-                where=self.url,
-                fix="name the VM by its Id",
-            )
-        return found[0].uuid
+        absent = (
+            "see `tokvm ls`; in a cluster, name the node that owns it, or move a VM whose migration was begun here "
+            "back to this node, then run the same command again"
+        )
+        return only_one_called(name_or_uuid, machines, where=self.url, absent=absent, several="name the VM by its Id")
 
     def inspect(self, uuid: str) -> VirtualMachine:
         return inventory.inspect(self._shell, self._known(uuid))

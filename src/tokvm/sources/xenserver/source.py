@@ -6,7 +6,7 @@ from tokvm.core.disk import DiskReader
 from tokvm.core.errors import UsageError
 from tokvm.core.machine import Disk, Finding, OffEvidence, PowerState, Snapshot, VirtualMachine
 from tokvm.core.text import readable
-from tokvm.sources.base import MachineSummary
+from tokvm.sources.base import MachineSummary, only_one_called
 from tokvm.sources.xenserver import check, claims, disks, fence, inventory, power, snapshots
 from tokvm.sources.xenserver.xe import Host, Xe, is_uuid
 
@@ -34,19 +34,8 @@ class XenServerSource:
         machines = self.list_machines()
         if is_uuid(name_or_uuid.lower()) and any(machine.uuid == name_or_uuid.lower() for machine in machines):
             return name_or_uuid.lower()
-        found = [machine for machine in machines if machine.name == name_or_uuid]
-        if not found:
-            raise UsageError(
-                f"there is no VM {name_or_uuid!r}", where=self.url, fix="see `tokvm ls`; templates and snapshots do not count"
-            )
-        if len(found) > 1:
-            listed = ", ".join(f"{machine.uuid} ({machine.power})" for machine in found)
-            raise UsageError(
-                f"{len(found)} VMs are called {readable(name_or_uuid)!r}: {listed}",
-                where=self.url,
-                fix="name the VM by its uuid",
-            )
-        return found[0].uuid
+        absent = "see `tokvm ls`; templates and snapshots do not count"
+        return only_one_called(name_or_uuid, machines, where=self.url, absent=absent, several="name the VM by its uuid")
 
     def inspect(self, uuid: str) -> VirtualMachine:
         return inventory.inspect(self._xe, self._known(uuid))

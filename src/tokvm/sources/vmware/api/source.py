@@ -12,7 +12,7 @@ from tokvm.core.disk import DiskReader
 from tokvm.core.errors import ConnectionLost, SourceError, UsageError
 from tokvm.core.machine import Disk, Finding, OffEvidence, PowerState, Snapshot, VirtualMachine
 from tokvm.core.text import readable
-from tokvm.sources.base import MachineSummary, NoLiveDelta
+from tokvm.sources.base import MachineSummary, NoLiveDelta, only_one_called
 from tokvm.sources.lanes import Connecting, Lanes
 from tokvm.sources.vmware.api import check, claims, disks, fence, inventory, nbd, power, properties, snapshots, stores, tracking
 from tokvm.sources.vmware.api.channel import FileChannel
@@ -72,22 +72,14 @@ class VsphereSource:
         return [MachineSummary(row.uuid, row.name, row.power) for row in self._machines.rows()]
 
     def find(self, name_or_uuid: str) -> str:
-        rows = self._machines.rows()
+        machines = self.list_machines()
         wanted = name_or_uuid.lower()
-        if any(row.uuid == wanted for row in rows):
+        if any(machine.uuid == wanted for machine in machines):
             self._machines.ref(wanted)  # refuses when two have it
             return wanted
-        found = [row for row in rows if row.name == name_or_uuid]
-        if not found:
-            raise UsageError(f"there is no VM {name_or_uuid!r}", where=self.url, fix="see `tokvm ls`")
-        if len(found) > 1:
-            listed = ", ".join(f"{row.uuid} ({row.power})" for row in found)
-            raise UsageError(
-                f"{len(found)} VMs are called {readable(name_or_uuid)!r}: {listed}",
-                where=self.url,
-                fix="name the VM by its uuid",
-            )
-        return found[0].uuid
+        return only_one_called(
+            name_or_uuid, machines, where=self.url, absent="see `tokvm ls`", several="name the VM by its uuid"
+        )
 
     def inspect(self, uuid: str) -> VirtualMachine:
         return inventory.inspect(self._client, self._machines, self._known(uuid))
