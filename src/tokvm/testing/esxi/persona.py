@@ -9,14 +9,10 @@ run it thousands of times.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
-import signal
-import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import NoReturn
 
 from tokvm.testing.esxi import commands, contract, faults
@@ -24,18 +20,14 @@ from tokvm.testing.esxi.contract import Command
 from tokvm.testing.esxi.errors import CommandFailed, NotInContract, VimFault
 from tokvm.testing.esxi.hostd import hostd_of, with_state
 from tokvm.testing.esxi.state import Late, State, Store
+from tokvm.testing.persona import forced
 from tokvm.testing.persona.connection import kill_connection, wait_for_hangup
+from tokvm.testing.persona.forced import DROPPED, NOBODY, Drop, write
 
 SUBSYSTEM = "/usr/lib/vmware/openssh/bin/sftp-server -f LOCAL5 -l INFO"
-DROPPED = 255  # what ssh itself says of a connection that broke
-NOBODY = 141
 NOT_FOUND = 127
 POLL_S = 0.02
 HOSTD_PROGRAMS = ("vim-cmd", "esxcli")
-
-
-class Drop(Exception):
-    """The connection dies here, without an answer."""
 
 
 class Persona:
@@ -145,25 +137,9 @@ def _planned(fault: faults.Fault, *, by_hostd: bool) -> VimFault | CommandFailed
 
 
 def _print(file: int, text: str) -> None:
-    data = text.encode("utf-8", "surrogateescape")
-    while data:
-        data = data[os.write(file, data) :]
+    write(file, text.encode("utf-8", "surrogateescape"))
 
 
 def main(folder: str) -> NoReturn:
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a write to nobody is an OSError, so that clean-up still happens
-    line = os.environb.get(b"SSH_ORIGINAL_COMMAND", b"").decode("utf-8", "surrogateescape")
-    store = Store(Path(folder))
-
-    def own_fault(_kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        """A defect of the persona, or of the backend, is no answer of an ESXi: whoever runs the test must see it."""
-        import traceback
-
-        text = "".join(traceback.format_tb(trace))[-2000:]
-        store.append("violations", {"command": line[:200], "why": f"the persona itself failed: {error!r}\n{text}"})
-        with contextlib.suppress(OSError):
-            _print(2, f"{error!r}\n")
-
-    sys.excepthook = own_fault
-    code = Persona(Path(folder)).answer_line(line)
-    os._exit(code)
+    place = Path(folder)
+    forced.run(Store(place), lambda line: Persona(place).answer_line(line))

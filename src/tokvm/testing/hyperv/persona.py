@@ -10,27 +10,18 @@ run it thousands of times.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
-import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import NoReturn
 
 from tokvm.testing.hyperv import backend, contract, faults, scripts, shell
 from tokvm.testing.hyperv.errors import OPERATION_FAILED, HostError, NotInContract
 from tokvm.testing.hyperv.state import Late, State, Store
 from tokvm.testing.hyperv.vmms import Vmms, with_state
+from tokvm.testing.persona import forced
 from tokvm.testing.persona.connection import kill_connection, wait_for_hangup
-
-DROPPED = 255  # what ssh itself says of a connection that broke
-NOBODY = 141
-
-
-class Drop(Exception):
-    """The connection dies here, without an answer."""
+from tokvm.testing.persona.forced import DROPPED, NOBODY, Drop, write
 
 
 class Persona:
@@ -57,7 +48,7 @@ class Persona:
         except NotInContract as refused:
             self.store.append("commands.log", {"pid": os.getpid(), "command": line[:200]})
             self.store.append("violations", {"command": line, "why": str(refused)})
-            _write(2, shell.refusal(line, self.options))
+            write(2, shell.refusal(line, self.options))
             return 1
         except Drop:
             kill_connection(self.store)
@@ -94,7 +85,7 @@ class Persona:
         if "drop" in hit:
             raise Drop
         if "crash" in hit:
-            _write(2, shell.encoded(shell.CRASH, self.options))
+            write(2, shell.encoded(shell.CRASH, self.options))
             return 1
         if "late" in hit:
             self._do_late(name, checked, hit["late"]["seconds"])
@@ -127,9 +118,9 @@ class Persona:
 
     def _print(self, tag: str, answer: dict[str, object], *, cut: bool = False) -> None:
         if self.options["banner"]:
-            _write(2, shell.encoded(shell.NOISE, self.options))
+            write(2, shell.encoded(shell.NOISE, self.options))
         said = shell.framed({"tag": tag, **answer}, self.options)
-        _write(1, said[: len(said) // 2] if cut else said)
+        write(1, said[: len(said) // 2] if cut else said)
 
 
 def _planned(fault: faults.Fault) -> HostError:
@@ -141,25 +132,6 @@ def _failure(error: HostError) -> dict[str, object]:
     return {"ok": False, "type": error.type, "message": error.message, "hresult": error.hresult, "id": error.id}
 
 
-def _write(file: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(file, data) :]
-
-
 def main(folder: str) -> NoReturn:
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a write to nobody is an OSError, so that clean-up still happens
-    line = os.environb.get(b"SSH_ORIGINAL_COMMAND", b"").decode("utf-8", "surrogateescape")
-    store = Store(Path(folder))
-
-    def own_fault(_kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        """A defect of the persona, or of the backend, is no answer of a Windows: whoever runs the test must see it."""
-        import traceback
-
-        text = "".join(traceback.format_tb(trace))[-2000:]
-        store.append("violations", {"command": line[:200], "why": f"the persona itself failed: {error!r}\n{text}"})
-        with contextlib.suppress(OSError):
-            os.write(2, f"{error!r}\n".encode("utf-8", "surrogateescape"))
-
-    sys.excepthook = own_fault
-    code = Persona(Path(folder)).answer_line(line)
-    os._exit(code)
+    place = Path(folder)
+    forced.run(Store(place), lambda line: Persona(place).answer_line(line))

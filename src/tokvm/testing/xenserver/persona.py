@@ -10,26 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import NoReturn
 
+from tokvm.testing.persona import forced
 from tokvm.testing.persona.connection import kill_connection, wait_for_hangup
+from tokvm.testing.persona.forced import DROPPED, NOBODY, Drop, write
 from tokvm.testing.xenserver import backend, faults, grammar, power, records, snapshots
 from tokvm.testing.xenserver.errors import NotInContract, XeError, api_error
 from tokvm.testing.xenserver.state import Store
 
 POWER_PARAMS = frozenset({"power-state", "dom-id", "current-operations", "currently-attached"})
-
-DROPPED = 255  # what ssh itself says of a connection that broke
-NOBODY = 141  # as a shell says of SIGPIPE
-
-
-class Drop(Exception):
-    """The connection dies here, without an answer."""
 
 
 class Persona:
@@ -196,22 +189,15 @@ class Persona:
 
 
 def _print(text: str) -> None:
-    data = (text + "\n").encode("utf-8", "surrogateescape")
-    while data:
-        data = data[os.write(1, data) :]
+    write(1, (text + "\n").encode("utf-8", "surrogateescape"))
 
 
 def main(folder: str) -> NoReturn:
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a write to nobody is an OSError, so that clean-up still happens
-    line = os.environb.get(b"SSH_ORIGINAL_COMMAND", b"").decode("utf-8", "surrogateescape")
     persona = Persona(Path(folder))
 
-    def own_fault(_kind: type[BaseException], error: BaseException, _trace: TracebackType | None) -> None:
-        """A defect of the persona, or of the backend, is no answer of a XenServer: whoever runs the test must see it."""
-        persona.store.append("violations", {"command": line, "why": f"the persona itself failed: {error!r}"})
-        os.write(2, f"{api_error('INTERNAL_ERROR', repr(error)).text}\n".encode("utf-8", "surrogateescape"))
+    def answer(line: str) -> int:
+        code = persona.answer_line(line)
+        sys.stdout.flush()
+        return code
 
-    sys.excepthook = own_fault
-    code = persona.answer_line(line)
-    sys.stdout.flush()
-    os._exit(code)
+    forced.run(persona.store, answer, told=lambda error: api_error("INTERNAL_ERROR", repr(error)).text)
