@@ -8,8 +8,9 @@ lab_packages=(
     python3 python3-venv python3-libvirt python3-libnbd openssh-client openssh-server openssh-sftp-server
     qemu-system-x86 qemu-utils seabios libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients
     busybox-static grub-pc-bin grub-common e2fsprogs fdisk cpio kmod xz-utils zstd util-linux libxml2-utils
+    python3-guestfs virt-v2v mmdebstrap ovmf
 )
-dev_packages=(git strace libvhdi-utils python3-libvhdi nbdkit samba openssl)
+dev_packages=(git strace libvhdi-utils python3-libvhdi nbdkit samba openssl ntfs-3g libwin-hivex-perl python3-hivex osslsigncode)
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
@@ -76,13 +77,18 @@ need_venv() {
     printf '%s\n' "$want" >"$stamp"
 }
 
+# libguestfs makes its appliance from the host's kernel; a container has none, and then the lab's is used (lab/kernel.py).
+need_modules_folder() { [ -d /lib/modules ] || as_root mkdir -p /lib/modules; }
+
 setup_lab() {
     need_packages "${lab_packages[@]}"
+    need_modules_folder
     need_venv lab requirements/runtime.txt
 }
 
 setup_dev() {
     need_packages "${lab_packages[@]}" "${dev_packages[@]}"
+    need_modules_folder
     need_venv lab requirements/runtime.txt
     need_venv dev requirements/runtime.txt requirements/dev.txt
 }

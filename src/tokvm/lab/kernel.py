@@ -76,6 +76,15 @@ def cache_dir() -> Path:
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokvm-lab"
 
 
+def appliance_environment(cache: Path | None = None) -> dict[str, str]:
+    """What supermin must be told to make libguestfs' appliance where no kernel is installed (a container): ours. Empty where
+    the host has one of its own, or the operator named one. supermin copies /lib/modules as a folder, so that must exist."""
+    if os.environ.get("SUPERMIN_KERNEL") or any(Path("/boot").glob("vmlinuz-*")):
+        return {}
+    kernel = find_kernel(cache)
+    return {"SUPERMIN_KERNEL": str(kernel.image), "SUPERMIN_MODULES": str(kernel.modules)}
+
+
 def module_bytes(file: Path) -> bytes:
     """A module as the kernel loads it: Ubuntu 24.04 packs modules with zstd, Debian 13 with xz, Debian 12 not at all."""
     match file.suffix:
