@@ -22,8 +22,10 @@ from tokvm.migration.records import (
     PassKind,
     PassRecord,
     PassState,
+    RehearsalRecord,
     SnapshotRecord,
     SnapshotState,
+    StrangerTiming,
     TargetRan,
     TimingRecord,
 )
@@ -120,6 +122,25 @@ class Book:
         order = list(DowntimePart)
         return sorted((t for t in found if t.attempt == attempt), key=lambda timing: order.index(timing.part))
 
+    def rehearsals(self) -> list[RehearsalRecord]:
+        """All of them, oldest first."""
+        rows = self._rows("SELECT number, wall, way, works, document FROM rehearsal WHERE migration = ? ORDER BY number")
+        return [RehearsalRecord(_int(r[0]), _float(r[1]), str(r[2]), bool(r[3]), json.loads(str(r[4]))) for r in rows]
+
+    def stranger_timings(self) -> list[StrangerTiming]:
+        """What stop, delta and start took in the newest cutovers of other migrations: the newest few hundred, oldest first."""
+        rows = self._rows(
+            "SELECT m.source, t.part, t.seconds, coalesce((SELECT sum(p.seconds) FROM pass AS p WHERE p.migration = m.id "
+            "AND p.number = (SELECT max(number) FROM pass WHERE migration = m.id AND kind = 'final')), 0.0) "
+            "FROM timing AS t JOIN migration AS m ON m.id = t.migration AND m.attempt = t.attempt "
+            "WHERE m.id <> ? AND t.part IN ('stop', 'delta', 'start') ORDER BY t.wall DESC LIMIT 300"
+        )
+        return [StrangerTiming(str(r[0]), DowntimePart(str(r[1])), _float(r[2]), _float(r[3])) for r in reversed(rows)]
+
+    def now(self) -> float:
+        """The wall clock that the journal's times are by."""
+        return self._wall()
+
     def _rows(self, query: str) -> list[tuple[object, ...]]:
         return self._store.read(query, (self.id,))
 
@@ -194,6 +215,15 @@ class Book:
             values = (self.id, attempt, part, seconds, self._wall())
             connection.execute(
                 "INSERT OR REPLACE INTO timing (migration, attempt, part, seconds, wall) VALUES (?, ?, ?, ?, ?)", values
+            )
+
+    def rehearsed(self, way: str, document: Mapping[str, object], *, works: bool) -> None:
+        """A rehearsal came to its end, good or bad; everything it made is gone again."""
+        with self._write() as connection:
+            row = connection.execute("SELECT max(number) FROM rehearsal WHERE migration = ?", (self.id,)).fetchone()
+            values = (self.id, _int(row[0] or 0) + 1, self._wall(), way, works, storable(json.dumps(document)))
+            connection.execute(
+                "INSERT INTO rehearsal (migration, number, wall, way, works, document) VALUES (?, ?, ?, ?, ?, ?)", values
             )
 
     def disk_identity(self, disk: int, identity: str) -> None:

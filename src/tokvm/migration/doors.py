@@ -135,7 +135,11 @@ def seconds_since(clock: Clock, then: Instant) -> float:
 
 
 class Morpher(Protocol):
-    """Makes the synced disks boot on KVM. Both verbs may run twice, and after a death in the middle of either."""
+    """Makes the synced disks boot on KVM. Each verb may run twice, and after a death in the middle of any."""
+
+    def prepare(self, plan: DomainPlan) -> None:
+        """While the source still runs: everything that can fail or wait before the stop. The disks may change after it."""
+        ...
 
     def morph(self, plan: DomainPlan) -> None:
         """Change the target's disks. A second call begins from the synced bytes again."""
@@ -143,6 +147,14 @@ class Morpher(Protocol):
 
     def undo(self) -> None:
         """The disks hold exactly the last synced bytes again; nothing to undo is success."""
+        ...
+
+    def release(self) -> None:
+        """Let go of what `prepare` holds; must not raise."""
+        ...
+
+    def forget(self) -> None:
+        """The morph will never be undone: drop what undoing needs."""
         ...
 
 

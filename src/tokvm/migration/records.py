@@ -19,8 +19,10 @@ __all__ = [
     "PassKind",
     "PassRecord",
     "PassState",
+    "RehearsalRecord",
     "SnapshotRecord",
     "SnapshotState",
+    "StrangerTiming",
     "TargetRan",
     "TimingRecord",
 ]
@@ -126,6 +128,28 @@ class TimingRecord:
     part: DowntimePart
     seconds: float
     wall: float
+
+
+@dataclass(frozen=True, slots=True)
+class StrangerTiming:
+    """One part of the downtime of another migration's newest cutover. final_copy_s: what copying its final pass took."""
+
+    source: str
+    part: DowntimePart
+    seconds: float
+    final_copy_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RehearsalRecord:
+    """One rehearsal of the boot on KVM. way: how the guest was made to boot. works: it showed life. document: what `tokvm
+    rehearse` said (verdict, timings, picture) and what a cutover by this way needs to replay it (`replay`)."""
+
+    number: int
+    wall: float
+    way: str
+    works: bool
+    document: dict[str, object]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 
 from tokvm.migration.phases import Phase
+from tokvm.transfer.predict import Prediction
 
 
 class Outcome(StrEnum):
@@ -41,25 +42,36 @@ class PassReport:
         return asdict(self)
 
 
+def with_prediction(document: dict[str, object], prediction: Prediction | None) -> dict[str, object]:
+    """The document of a report with its `prediction` as predicted_downtime_s (None: nothing was measured), predicted_parts and
+    predicted_delta_bytes."""
+    kept = {key: value for key, value in document.items() if key != "prediction"}
+    return {**kept, **({"predicted_downtime_s": None} if prediction is None else prediction.to_dict())}
+
+
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """`passes`: those of this run. predicted_downtime_s: of a cutover now; None while nothing was measured."""
+    """`passes`: those of this run. prediction: of a cutover now; None while nothing was measured."""
 
     id: str
     name: str
     phase: Phase
     passes: tuple[PassReport, ...]
     stopped_by: StopCause
-    predicted_downtime_s: float | None
+    prediction: Prediction | None
+
+    @property
+    def predicted_downtime_s(self) -> float | None:
+        return None if self.prediction is None else round(self.prediction.total_s, 3)
 
     def to_dict(self) -> dict[str, object]:
-        return {**asdict(self), "outcome": "synced"}
+        return {**with_prediction(asdict(self), self.prediction), "outcome": "synced"}
 
 
 @dataclass(frozen=True, slots=True)
 class CutoverReport:
     """downtime_s: the parts that were measured (stop, delta, morph, start, boot) and their `total`, by our own clock.
-    passes: all passes of the migration that count, final one last."""
+    passes: all passes of the migration that count, final one last. prediction: made right before the stop."""
 
     id: str
     name: str
@@ -70,9 +82,10 @@ class CutoverReport:
     downtime_s: dict[str, float]
     target: str
     advice: str = ""
+    prediction: Prediction | None = None
 
     def to_dict(self) -> dict[str, object]:
-        return asdict(self)
+        return with_prediction(asdict(self), self.prediction)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +104,8 @@ class FinishReport:
 
 @dataclass(frozen=True, slots=True)
 class StatusReport:
-    """What the journal says; nothing is asked of any host. `next`: what the operator does next."""
+    """What the journal says; nothing is asked of any host. `next`: what the operator does next. prediction: of a cutover now
+    while none has begun, else the one that was made right before its stop."""
 
     id: str
     name: str
@@ -107,10 +121,11 @@ class StatusReport:
     attempt: int
     downtime_s: dict[str, float]
     next: str
+    prediction: Prediction | None = None
 
     @property
     def passes_done(self) -> int:
         return sum(one.done for one in self.passes)
 
     def to_dict(self) -> dict[str, object]:
-        return {**asdict(self), "passes_done": self.passes_done}
+        return {**with_prediction(asdict(self), self.prediction), "passes_done": self.passes_done}

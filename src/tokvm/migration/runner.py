@@ -8,6 +8,8 @@ A cutover that fails before its commit point is rolled back at once, whatever fa
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
@@ -16,6 +18,7 @@ from tokvm.core.errors import BudgetExceeded, NeedsPerson, NotOff, RolledBack, S
 from tokvm.core.units import format_duration
 from tokvm.migration.book import Book
 from tokvm.migration.doors import Clock, Doors, Morpher, Observer, Silent, SystemClock, Unfailing
+from tokvm.migration.forecast import expected, foreseen
 from tokvm.migration.journal import Journal
 from tokvm.migration.phases import LOSSLESS_ROLLBACK, Event, Phase
 from tokvm.migration.records import MigrationRecord, SnapshotState, TargetRan
@@ -98,9 +101,7 @@ class Migration:
                     f"a cutover is under way or done (phase {work.phase})", where=work.name, fix=_next(work.phase, work.id)
                 )
             made, cause = sync(work, passes, converge or Converge())
-            prediction = predict(work)
-            predicted = None if prediction is None else round(prediction.total_s, 3)
-            return SyncReport(work.id, work.name, work.phase, made, cause, predicted)
+            return SyncReport(work.id, work.name, work.phase, made, cause, predict(work))
 
     def cutover(
         self,
@@ -121,7 +122,7 @@ class Migration:
             self._finish_rollback(work)
             if work.phase is Phase.ROLLED_BACK:
                 work.advance(Event.SYNC_AGAIN)
-            with _Rescue(work):
+            with _released(self._doors.morpher), _Rescue(work):
                 while work.phase in STEPS:
                     if work.phase in LOSSLESS_ROLLBACK and work.phase is not Phase.STOP_INTENT:
                         work.check_budget(f"in phase {work.phase}")
@@ -166,6 +167,16 @@ class Migration:
 
     def status(self) -> StatusReport:
         return status_of(self._journal, self._journal.book(self._id).record())
+
+
+@contextmanager
+def _released(morpher: Morpher | None) -> Iterator[None]:
+    """Whatever becomes of the cutover, nothing is held open on its disks afterwards."""
+    try:
+        yield
+    finally:
+        if morpher is not None:
+            morpher.release()
 
 
 class _Rescue:
@@ -261,6 +272,7 @@ def _cutover_report(work: Work, *, proved: bool) -> CutoverReport:
         downtime_s=work.downtime(),
         target=work.doors.host.url,
         advice=advice,
+        prediction=foreseen(work.book).get(work.record.attempt),
     )
 
 
@@ -288,4 +300,5 @@ def status_of(journal: Journal, record: MigrationRecord) -> StatusReport:
         attempt=record.attempt,
         downtime_s={**timings, "total": round(sum(timings.values()), 3)} if timings else {},
         next=_next(record.phase, record.id) if record.finished is None else "nothing: it is finished",
+        prediction=expected(book),
     )

@@ -1,14 +1,14 @@
 """The journal's tables, and the guards that live in the database itself.
 
 transition ──(triggers)──► event ──► migration.phase
-migration 1 ─ n disk, snapshot, pass, timing, event
+migration 1 ─ n disk, snapshot, pass, timing, event, rehearsal
 seal: a hash over all rows of one migration, renewed in each transaction; a flipped bit does not go unseen
 """
 
 from __future__ import annotations
 
 APPLICATION_ID = 0x746F6B76  # "tokv"
-VERSION = 2
+VERSION = 3
 
 TABLES = """
 CREATE TABLE transition (
@@ -50,6 +50,11 @@ CREATE TABLE timing (
     seconds REAL NOT NULL, wall REAL NOT NULL, PRIMARY KEY (migration, attempt, part)
 ) STRICT, WITHOUT ROWID;
 
+CREATE TABLE rehearsal (
+    migration TEXT NOT NULL REFERENCES migration, number INTEGER NOT NULL, wall REAL NOT NULL, way TEXT NOT NULL,
+    works INTEGER NOT NULL CHECK (works IN (0, 1)), document TEXT NOT NULL, PRIMARY KEY (migration, number)
+) STRICT, WITHOUT ROWID;
+
 CREATE TABLE event (
     number INTEGER PRIMARY KEY, migration TEXT NOT NULL REFERENCES migration, wall REAL NOT NULL,
     event TEXT NOT NULL, source TEXT NOT NULL, target TEXT NOT NULL, note TEXT NOT NULL DEFAULT ''
@@ -88,6 +93,7 @@ OWN_ROWS = {
     "snapshot": "SELECT * FROM snapshot WHERE migration = ? ORDER BY number",
     "pass": "SELECT * FROM pass WHERE migration = ? ORDER BY number, disk",
     "timing": "SELECT * FROM timing WHERE migration = ? ORDER BY attempt, part",
+    "rehearsal": "SELECT * FROM rehearsal WHERE migration = ? ORDER BY number",
     "event": "SELECT * FROM event WHERE migration = ? ORDER BY number",
 }
 """All rows of one migration, in an order of their own: what its seal is over."""

@@ -520,11 +520,18 @@ class FakeMorpher:
     def __init__(self, world: World) -> None:
         self.world = world
 
+    def prepare(self, plan: DomainPlan) -> None:
+        self.world.call("morph.prepare", lambda: None, lost=TargetError)
+
     def morph(self, plan: DomainPlan) -> None:
         self.world.call("morph", lambda: setattr(self.world, "morphed", True), lost=TargetError)
 
     def undo(self) -> None:
         self.world.call("morph.undo", lambda: setattr(self.world, "morphed", False), lost=TargetError)
+
+    def release(self) -> None: ...
+
+    def forget(self) -> None: ...
 
 
 def fake_plan(world: World) -> DomainPlan:

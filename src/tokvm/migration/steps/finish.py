@@ -25,6 +25,8 @@ def finish(work: Work) -> tuple[int, tuple[str, ...]]:
     removed = remove_all(work)
     if not migrated:
         work.doors.source.release(work.uuid, work.owner)
+    if work.doors.morpher is not None:
+        work.doors.morpher.forget()
     work.book.finished()
     return removed, left
 

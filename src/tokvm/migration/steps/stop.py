@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import logging
-from statistics import median
 
 from tokvm.core.errors import BudgetExceeded, ConnectionLost, NeedsPerson, NotOff, UsageError
 from tokvm.core.machine import PowerState, VirtualMachine
 from tokvm.core.units import format_duration
 from tokvm.domain.base import DomainState
+from tokvm.migration.forecast import as_note, forecast
 from tokvm.migration.phases import Event
 from tokvm.migration.records import DowntimePart, SnapshotState
-from tokvm.migration.rounds import Round, measured, newest_done, rounds_of, unfinished
+from tokvm.migration.rounds import Round, newest_done, rounds_of, unfinished
 from tokvm.migration.steps.claim import claim, survey
 from tokvm.migration.steps.copy import copy_round
 from tokvm.migration.steps.fence import Standing, fence, standing
 from tokvm.migration.steps.freeze import make, reconcile
 from tokvm.migration.work import Work
 from tokvm.sources.base import NoLiveDelta
-from tokvm.transfer.predict import FixedTimes, Prediction, predict_downtime
+from tokvm.transfer.predict import Prediction
 
 log = logging.getLogger(__name__)
-
-GUESSED_STOP_S = 10.0
 
 
 def prepare(work: Work) -> None:
@@ -43,7 +41,10 @@ def prepare(work: Work) -> None:
     refuse_running_target(work)
     work.doors.host.domain_xml(work.plan())
     _refuse_long_downtime(work)
-    work.advance(Event.CUT_OVER)
+    if work.doors.morpher is not None:
+        work.step("prepare the morph")
+        work.doors.morpher.prepare(work.plan())
+    work.advance(Event.CUT_OVER, _foresee(work))
 
 
 def _finish_pass(work: Work, vm: VirtualMachine, begun: Round, base: Round) -> None:
@@ -67,43 +68,28 @@ def refuse_running_target(work: Work) -> None:
 
 
 def predict(work: Work) -> Prediction | None:
-    """The downtime of a cutover now; None before anything was measured. Parts never measured count little: the real clock
-    catches what they take."""
-    rounds = rounds_of(work.book)
-    done, last = measured(rounds), newest_done(rounds)
-    if last is None:
-        return None
-    since_s = max(0.0, work.doors.clock.wall() - last.snapshot.wall)
-    return predict_downtime(done, _fixed_times(work), since_last_snapshot_s=since_s)
-
-
-def _fixed_times(work: Work) -> FixedTimes:
-    """What earlier cutovers of this VM took."""
-    found: dict[DowntimePart, list[float]] = {}
-    for attempt in range(1, work.record.attempt + 1):
-        for timing in work.book.timings(attempt):
-            found.setdefault(timing.part, []).append(timing.seconds)
-    typical = {part: median(seconds) for part, seconds in found.items()}
-    return FixedTimes(
-        stop_s=typical.get(DowntimePart.STOP, GUESSED_STOP_S),
-        morph_s=typical.get(DowntimePart.MORPH, 0.0),
-        boot_s=typical.get(DowntimePart.BOOT, 0.0),
-        overhead_s=typical.get(DowntimePart.START, 1.0),
-    )
+    """The downtime of a cutover now; None before anything was measured."""
+    return forecast(work.book, work.doors.clock.wall())
 
 
 def _refuse_long_downtime(work: Work) -> None:
     budget, prediction = work.options.budget_s, predict(work)
-    if prediction is not None:
-        log.info("predicted downtime of %r: %.1f s", work.name, prediction.total_s)
-    if budget is None or prediction is None or prediction.total_s <= budget:
+    if budget is None or prediction is None or prediction.budgeted_s <= budget:
         return
     raise BudgetExceeded(
-        f"the downtime would be {format_duration(prediction.total_s)} (stop {format_duration(_fixed_times(work).stop_s)}, "
-        f"last delta {format_duration(prediction.delta_s)}), over the budget of {format_duration(budget)}; it was not stopped",
+        f"the downtime would be {format_duration(prediction.total_s)}: {prediction.describe()}; over the budget of "
+        f"{format_duration(budget)}, so it was not stopped",
         where=work.name,
         fix="run `tokvm sync` once more right before, or give a larger --budget, or none",
     )
+
+
+def _foresee(work: Work) -> str:
+    """The prediction, shown, and as the note that the intent to stop keeps."""
+    prediction = predict(work)
+    if prediction is not None:
+        work.doors.observer.note(f"predicted downtime {format_duration(prediction.total_s)}: {prediction.describe()}")
+    return as_note(prediction)
 
 
 def stop(work: Work) -> None:

@@ -78,7 +78,7 @@ def _whole(one: Round) -> bool:
 def _converged(work: Work, done: list[Round], made: list[PassReport], converge: Converge) -> StopCause | None:
     budget, prediction = work.options.budget_s, predict(work)
     if budget is not None:
-        fits = prediction is not None and prediction.total_s <= budget
+        fits = prediction is not None and prediction.budgeted_s <= budget
         return StopCause.BUDGET if fits else StopCause.LIMIT if len(made) > converge.limit else None
     moved, since = done[-1].report().bytes, {one.since for one in done[-1].passes}
     if moved <= converge.small_bytes:
