@@ -31,9 +31,11 @@ def make_plan(
     machine: str = "q35",
     bootable: int = 0,
     networks: dict[str, str] | None = None,
+    more: dict[str, Any] | None = None,
     **vm: Any,
 ) -> DomainPlan:
-    """A plan with one disk for each path (those below /dev are devices) and two NICs, unless `vm` says otherwise."""
+    """A plan with one disk for each path (those below /dev are devices) and two NICs, unless `vm` says otherwise.
+    `more` is for the plan itself."""
     facts: dict[str, Any] = {
         "vcpus": 2,
         "memory": 256 * MiB,
@@ -43,7 +45,7 @@ def make_plan(
     }
     disks = tuple(TargetDisk(path, path.startswith("/dev/"), bus, serial=f"tokvm-{i}") for i, path in enumerate(paths))
     wanted = {"*": "user", "storage": "none"} if networks is None else networks
-    return DomainPlan(VirtualMachine(uuid=vm_uuid, name=name, **facts), name, disks, wanted, machine=machine)
+    return DomainPlan(VirtualMachine(uuid=vm_uuid, name=name, **facts), name, disks, wanted, machine=machine, **(more or {}))
 
 
 @pytest.fixture(name="make_plan")
@@ -130,7 +132,9 @@ def new_plan(libvirtd: PrivateLibvirtd, tmp_path: Path) -> Iterator[Callable[...
 
     made: list[str] = []
 
-    def make(*, disks: int = 1, **facts: Any) -> DomainPlan:
+    def make(*, disks: int = 1, vm_disks: tuple[Disk, ...] | None = None, **facts: Any) -> DomainPlan:
+        if vm_disks is not None:
+            facts["disks"] = vm_disks
         made.append(facts.setdefault("vm_uuid", str(uuid.uuid4())))
         paths = tuple(str(tmp_path / f"{made[-1]}-{i}.raw") for i in range(disks))
         for path in paths:

@@ -90,6 +90,8 @@ def test_what_is_not_there_is_absent_and_needs_no_stopping(target: LibvirtHost, 
 @pytest.mark.parametrize("machine", ["q35", "pc"])
 @pytest.mark.parametrize("bus", DiskBus)
 def test_every_machine_and_bus_is_taken_twice(target: LibvirtHost, new_plan: NewPlan, machine: str, bus: DiskBus) -> None:
+    if bus is DiskBus.IDE and machine != "pc":
+        pytest.skip("q35 has no IDE")
     plan = new_plan(machine=machine, bus=bus, disks=2)
     target.define(plan)
     target.define(plan)

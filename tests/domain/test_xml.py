@@ -12,11 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tokvm.core.errors import DomainError
-from tokvm.core.machine import Disk, DiskBus, Firmware, Nic, VirtualMachine
+from tokvm.core.machine import Disk, DiskBus, Firmware, Nic, NicModel, VirtualMachine
 from tokvm.core.units import GiB, MiB
-from tokvm.domain.base import Accel, DomainPlan, TargetDisk
+from tokvm.domain.base import Accel, DirectKernel, DiskFormat, DomainPlan, TargetDisk
+from tokvm.domain.nics import FrameSink
 from tokvm.domain.schema import Validation, validate
-from tokvm.domain.xml import domain_xml, source_name
+from tokvm.domain.xml import Stage, domain_xml, rehearsal_folder, source_name
 
 GOLDEN = Path(__file__).parent / "golden"
 MakePlan = Callable[..., DomainPlan]
@@ -33,6 +34,33 @@ CASES: dict[str, tuple[dict[str, Any], Accel]] = {
             "extra": {"guest_os": "windows-2022", "timeoffset": "-7200", "cores_per_socket": "2"},
             "vcpus": 4,
             "networks": {"*": "bridge:br0", "storage": "network:default"},
+        },
+        Accel.KVM,
+    ),
+    "ide-pc-windows-tcg": (
+        {"machine": "pc", "bus": DiskBus.IDE, "more": {"windows": True, "nic_model": NicModel.E1000}},
+        Accel.TCG,
+    ),
+    "vmware-hardware": (
+        {
+            "bus": DiskBus.PVSCSI,
+            "nics": (Nic(0, "00:50:56:12:34:56", slot=192), Nic(1, "00:50:56:12:34:57", slot=224)),
+            "more": {"nic_model": NicModel.VMXNET3, "boot_disk": 1},
+        },
+        Accel.KVM,
+    ),
+    "lsi-sas": ({"bus": DiskBus.SAS}, Accel.KVM),
+    "nvme-with-big-sectors": (
+        {"bus": DiskBus.NVME, "disks": tuple(Disk(i, f"vdi-{i}", GiB, sector=4096) for i in range(2))},
+        Accel.KVM,
+    ),
+    "direct-kernel-prepared-nvram": (
+        {
+            "firmware": Firmware.UEFI,
+            "more": {
+                "kernel": DirectKernel("/srv/web.vmlinuz", "/srv/web.initrd", 'root=UUID=1 ro "a b" <&>'),
+                "nvram": "/srv/web_VARS.fd",
+            },
         },
         Accel.KVM,
     ),
@@ -73,6 +101,11 @@ macs = st.binary(min_size=6, max_size=6).map(lambda raw: bytes([raw[0] & 0xFE, *
 choices = st.sampled_from(["network:default", "bridge:br0", "user", "none", "network:a b&<"])
 
 
+def placeable(bus: DiskBus, machine: str, count: int) -> bool:
+    most = {DiskBus.IDE: 4 if machine == "pc" else 0, DiskBus.SAS: 8}
+    return count <= most.get(bus, 30)
+
+
 @st.composite
 def plans(draw: st.DrawFn) -> DomainPlan:
     count = draw(st.integers(1, 30))
@@ -84,7 +117,10 @@ def plans(draw: st.DrawFn) -> DomainPlan:
         vcpus=draw(st.integers(1, 255)),
         memory=draw(st.integers(MiB, 4096 * GiB)),
         disks=tuple(Disk(i, str(i), GiB, bootable=draw(st.booleans())) for i in range(count)),
-        nics=tuple(Nic(i, draw(macs), draw(names)) for i in range(draw(st.integers(0, 4)))),
+        nics=tuple(
+            Nic(i, draw(macs), draw(names), slot=draw(st.sampled_from([None, 160 + 32 * i])))
+            for i in range(draw(st.integers(0, 4)))
+        ),
         firmware=firmware,
         secure_boot=firmware is Firmware.UEFI and machine == "q35" and draw(st.booleans()),
         tpm=draw(st.booleans()),
@@ -96,11 +132,19 @@ def plans(draw: st.DrawFn) -> DomainPlan:
             )
         ),
     )
-    disks = tuple(
-        TargetDisk(f"/srv/{i}.raw", draw(st.booleans()), draw(st.sampled_from(DiskBus)), serial=draw(any_text))
-        for i in range(count)
+    buses = st.sampled_from([bus for bus in DiskBus if placeable(bus, machine, count)])
+    disks = tuple(TargetDisk(f"/srv/{i}.raw", draw(st.booleans()), draw(buses), serial=draw(any_text)) for i in range(count))
+    return DomainPlan(
+        vm,
+        vm.name,
+        disks,
+        {"*": draw(choices)},
+        machine=machine,
+        nic_model=draw(st.sampled_from(NicModel)),
+        boot_disk=draw(st.none() | st.integers(0, count - 1)),
+        windows=draw(st.sampled_from([None, False, True])),
+        kernel=draw(st.sampled_from([None, DirectKernel("/boot/k", "/boot/i", "quiet")])),
     )
-    return DomainPlan(vm, vm.name, disks, {"*": draw(choices)}, machine=machine)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -202,6 +246,20 @@ def test_a_named_network_goes_before_the_star(make_plan: MakePlan) -> None:
         ({"networks": {"*": "tap:x"}}, "no network"),
         ({"networks": {"*": "bridge:\x00"}}, "no network"),
         ({"nics": (Nic(0, "01:00:5e:00:00:01"),)}, "unicast"),
+        ({"nics": (Nic(0, "52:54:00:12:34:56", slot=192), Nic(1, "52:54:00:12:34:57", slot=192))}, "slots 192, 192"),
+        ({"nics": (Nic(0, "52:54:00:12:34:56", slot=0),)}, "slots 0"),
+        ({"nics": (Nic(0, "52:54:00:12:34:56", slot=8192),)}, "slots 8192"),
+        ({"bus": DiskBus.IDE}, "has no IDE"),
+        ({"bus": DiskBus.IDE, "machine": "pc", "paths": tuple(f"/{i}" for i in range(5))}, "5 disks on ide"),
+        ({"bus": DiskBus.SAS, "paths": tuple(f"/{i}" for i in range(9))}, "9 disks on sas"),
+        ({"bus": DiskBus.SATA, "paths": ("/a",), "disks": (Disk(0, "", GiB, sector=4096),)}, "512 bytes"),
+        ({"paths": ("/a",), "disks": (Disk(0, "", GiB, sector=520),)}, "sectors of 520"),
+        ({"more": {"boot_disk": 2}}, "disk 2 cannot be booted"),
+        ({"more": {"boot_disk": -1}}, "cannot be booted"),
+        ({"more": {"nvram": "/srv/vars.fd"}}, "for a BIOS"),
+        ({"more": {"nvram": "vars.fd"}, "firmware": Firmware.UEFI}, "absolute"),
+        ({"more": {"kernel": DirectKernel("k", "/i", "")}}, "absolute"),
+        ({"more": {"kernel": DirectKernel("/k", "/i", "\x00")}}, "no text"),
         ({"nics": (Nic(0, "52:54:00:12:34"),)}, "unicast"),
     ],
 )
@@ -221,3 +279,69 @@ def test_sockets_follow_the_source_where_they_add_up(make_plan: MakePlan, cores:
     assert topology is not None
     assert topology.get("sockets") == sockets
     assert int(topology.get("cores", "0")) * int(sockets) == 4
+
+
+STAGE = Stage("9f3a2b1c-0000-4000-8000-0123456789ab", "/srv/a&b\n", "/srv/serial.log", (FrameSink(5000), FrameSink(5001)))
+
+
+def test_overlays_are_for_the_stage(make_plan: MakePlan) -> None:
+    plan = make_plan(paths=("/srv/overlay.qcow2",), vm_uuid="00000000-0000-4000-8000-000000000001")
+    plan = replace(plan, disks=(replace(plan.disks[0], format=DiskFormat.QCOW2),))
+    with pytest.raises(DomainError, match="overlays are for rehearsals"):
+        domain_xml(plan, accel=Accel.TCG)
+    xml = domain_xml(plan, accel=Accel.TCG, stage=STAGE)
+    assert validate(xml, where="stage") in Validation
+    assert rehearsal_folder(xml) == STAGE.folder
+    assert source_name(xml) == plan.vm.name
+    root = ET.fromstring(xml)
+    assert [driver.get("type") for driver in root.findall("devices/disk/driver")] == ["qcow2"]
+    assert [nic.get("type") for nic in root.findall("devices/interface")] == ["udp", "udp"]
+
+
+def test_a_stage_needs_no_word_about_networks_and_never_boots_from_them(make_plan: MakePlan) -> None:
+    root = ET.fromstring(domain_xml(make_plan(networks={}), accel=Accel.TCG, stage=STAGE))
+    assert [rom.get("enabled") for rom in root.findall("devices/interface/rom")] == ["no", "no"]
+    assert {address.get("address") for address in root.findall("devices/interface/source")} == {"127.0.0.1"}
+
+
+def test_only_rehearsals_have_a_folder(make_plan: MakePlan) -> None:
+    assert rehearsal_folder(domain_xml(make_plan(), accel=Accel.TCG)) is None
+
+
+@pytest.mark.parametrize(
+    ("windows", "extra", "expected"),
+    [
+        (None, {}, "utc"),
+        (True, {}, "localtime"),
+        (None, {"guest_os": "Windows 2022"}, "localtime"),
+        (False, {"guest_os": "windows-2022"}, "utc"),
+        (True, {"rtc": "utc"}, "utc"),
+        (False, {"rtc": "local"}, "localtime"),
+        (True, {"timeoffset": "3600"}, "variable"),
+        (True, {"timeoffset": "0"}, "utc"),
+    ],
+)
+def test_the_clock_is_what_the_guest_takes_it_for(
+    make_plan: MakePlan, windows: bool | None, extra: dict[str, str], expected: str
+) -> None:
+    plan = make_plan(extra=extra, more={"windows": windows})
+    clock = ET.fromstring(domain_xml(plan, accel=Accel.TCG)).find("clock")
+    assert clock is not None
+    assert clock.get("offset") == expected
+
+
+def test_the_detected_boot_disk_goes_before_the_sources_word(make_plan: MakePlan) -> None:
+    plan = make_plan(paths=("/a", "/b", "/c"), bootable=2, more={"boot_disk": 1})
+    root = ET.fromstring(domain_xml(plan, accel=Accel.TCG))
+    assert [boot.get("order") for boot in root.findall("devices/disk/boot")] == ["3", "1", "2"]
+
+
+def test_each_scsi_model_has_a_controller_of_its_own(make_plan: MakePlan) -> None:
+    plan = make_plan(paths=("/a", "/b", "/c"))
+    buses = (DiskBus.PVSCSI, DiskBus.VIRTIO_SCSI, DiskBus.PVSCSI)
+    plan = replace(plan, disks=tuple(replace(disk, bus=bus) for disk, bus in zip(plan.disks, buses, strict=True)))
+    root = ET.fromstring(domain_xml(plan, accel=Accel.TCG))
+    places = [(place.get("controller"), place.get("target")) for place in root.findall("devices/disk/address")]
+    assert places == [("0", "0"), ("1", "0"), ("0", "1")]
+    controllers = root.findall("devices/controller[@type='scsi']")
+    assert [(one.get("index"), one.get("model")) for one in controllers] == [("0", "vmpvscsi"), ("1", "virtio-scsi")]

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Meanwhile:
 class Saved:
     folder: Path
     targets: dict[Path, bytes]
-    host: bytes
+    states: dict[str, bytes]
 
 
 @dataclass
@@ -64,8 +64,8 @@ class Bench:
     # tokvm
 
     def sync(self, *more: str, kill_at: int | None = None, **how: Any) -> Ended:
-        argv = ["sync", self.place.host.url, VM, "--to", str(self.target), "--passes", "1", "--network", "*=user", *more]
-        return self.tokvm(*argv, "--ssh-config", str(self.place.host.sshd.config_file), kill_at=kill_at, **how)
+        argv = ["sync", self.place.url, VM, "--to", str(self.target), "--passes", "1", "--network", "*=user", *more]
+        return self.tokvm(*argv, *self.place.options, kill_at=kill_at, **how)
 
     def synced(self) -> None:
         """A migration that is ready to be cut over, with writes behind its last pass."""
@@ -83,7 +83,12 @@ class Bench:
     ) -> Ended:
         """patience_s: instead of the minutes for which a source is waited for."""
         stop = None if meanwhile is None else [meanwhile.at, meanwhile.nth]
-        request = {"argv": [*argv, "--state-dir", str(self.state)], "kill_at": kill_at, "domains": str(self.domains)}
+        request = {
+            "argv": [*argv, "--state-dir", str(self.state)],
+            "kill_at": kill_at,
+            "domains": str(self.domains),
+            "calls": self.place.calls,
+        }
         answer = self._say({**request, "stop": stop, "patience": patience_s})
         if "stopped" in answer:
             assert meanwhile is not None
@@ -199,7 +204,7 @@ class Bench:
         for name in self.place.kept:
             shutil.copytree(host / name, kept / name)
         targets = {path: path.read_bytes() for path in self.target.iterdir()}
-        return Saved(kept, targets, (host / "state.json").read_bytes())
+        return Saved(kept, targets, {name: (host / name).read_bytes() for name in self.place.states})
 
     def restore(self, saved: Saved) -> None:
         """Targets are written in place: they are known by their inode and mark. The source runs."""
@@ -212,7 +217,8 @@ class Bench:
             with path.open("r+b") as file:
                 file.write(held)
                 file.truncate()
-        (host / "state.json").write_bytes(saved.host)
+        for name, held in saved.states.items():
+            (host / name).write_bytes(held)
         self.since = time.time()
 
     def guest_writes(self) -> None:
@@ -232,8 +238,8 @@ class Bench:
             assert target.read_bytes() == self.place.played.read_disk(VM, disk), f"disk {disk} differs"
 
 
-def start_nursery() -> subprocess.Popen[str]:
-    program = [sys.executable, str(Path(__file__).with_name("nursery.py"))]
+def start_nursery(imports: Sequence[str] = ()) -> subprocess.Popen[str]:
+    program = [sys.executable, str(Path(__file__).with_name("nursery.py")), *imports]
     return subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 from tests.e2e.bench import Bench, start_nursery
-from tests.e2e.places import VM, EsxPlace, HyperVPlace, Place, XenPlace
+from tests.e2e.places import VM, EsxPlace, HyperVPlace, Place, VspherePlace, XenPlace
 
 from tokvm.testing.hyperv.host import ClusterSpec, HyperVHost
 
@@ -28,18 +29,22 @@ PLACES: dict[str, Callable[[Path], Place]] = {
     "cluster": clustered,
     "slow merge": slowly_merging,
     "esx": EsxPlace,
+    "vcenter": partial(VspherePlace, vcenter=True, ssh=True, store="VMFS-6"),
+    "no rights": partial(VspherePlace, vcenter=True, ssh=True, store="VMFS-6", denied=("Host.Inventory.EditCluster",)),
+    "lease": partial(VspherePlace, vcenter=True, ssh=False, store="VMFS-6"),
+    "hostd": partial(VspherePlace, vcenter=False, ssh=False, store="NFS"),
 }
 
 
 @contextmanager
 def a_bench(folder: Path, make: Callable[[Path], Place]) -> Iterator[Bench]:
-    nursery = start_nursery()
     place = make(folder / "host")
+    nursery = start_nursery(place.imports)
     try:
-        with place.host:
-            yield Bench(folder, place, nursery)
-            assert place.host.violations() == []
+        yield Bench(folder, place, nursery)
+        assert place.violations() == []
     finally:
+        place.close()
         nursery.kill()
         nursery.communicate()
 

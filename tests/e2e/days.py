@@ -19,5 +19,10 @@ def cases(*axes: Iterable[object], daily: Iterable[tuple[object, ...]]) -> list[
     ]
 
 
+def days(names: str, *found: list[ParameterSet]) -> pytest.MarkDecorator:
+    """Parametrizes `bench` and these: cases whose first axis is places."""
+    return pytest.mark.parametrize(("bench", *names.split()), [one for some in found for one in some], indirect=["bench"])
+
+
 def _named(value: object) -> str:
     return getattr(value, "__name__", str(value))

@@ -1,8 +1,12 @@
 """A clean process that has imported tokvm and forks a tokvm for each request: start-up costs nothing, and any may be killed.
 
-    stdin:  {"argv": [...], "kill_at": N, "stop": [moment, nth], "domains": FILE, "patience": seconds}
+    arguments: modules to import beforehand, too
+
+    stdin:  {"argv": [...], "kill_at": N, "stop": [moment, nth], "domains": FILE, "patience": seconds,
+             "calls": {name: method}}
                       one JSON object a line, each but argv may be null; "domains" puts a DomainHost in that file in libvirt's
-                      place, "patience" instead of all the minutes for which a source is waited for
+                      place, "patience" instead of all the minutes for which a source is waited for; "calls" names those
+                      of vSphere's API that change something, {} where there is none
     stdout: {"stopped": moment}      tokvm stands still, all its threads, until a line comes
             {"code": exit code or -signal, "events": how many kill points were passed, "stderr": "…"}
 
@@ -14,12 +18,14 @@ A moment is the name of a kill point, or of a phase that was just recorded:
 
     target:pwrite …     pwrite …     program     journal     define start stop undefine     script:NAME did:NAME     phase:NAME
 
-NAME of an ESXi's change is vim-cmd's, without what stands before the slash: `snapshot.create`.
+NAME of an ESXi's change is vim-cmd's, without what stands before the slash: `snapshot.create`. What vSphere's API is told has
+the same names; `did` is when its answer came: a task may go on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -189,6 +195,34 @@ def watch_esx(points: KillPoints, patience_s: float | None) -> None:
     type.__setattr__(Shell, "_run", impatient)
 
 
+def watch_vsphere(points: KillPoints, patience_s: float | None, calls: dict[str, str]) -> None:
+    """The changes that a vCenter or an ESXi is told to make by its API, which is looked at more often than in earnest."""
+    from tokvm.sources.vmware.api import client, lease, power, snapshots, tasks
+    from tokvm.sources.vmware.api.vmomi import SoapStubAdapter
+
+    names = {call: name for name, call in calls.items()}
+    invoke = SoapStubAdapter.InvokeMethod
+
+    def watched(stub: Any, mo: Any, info: Any, args: Any, *more: Any) -> Any:
+        name = names.get(str(info.wsdlName))
+        if name is None:
+            return invoke(stub, mo, info, args, *more)
+        points(f"script:{name}")
+        try:
+            return invoke(stub, mo, info, args, *more)
+        finally:
+            points(f"did:{name}")
+
+    SoapStubAdapter.InvokeMethod = watched
+    for module in (lease, power, snapshots, tasks):
+        vars(module)["POLL_S"] = 0.05
+    if patience_s is not None:
+        limits = ("CALL_S", "LANDS_S", "LANDING_S", "START_S", "FORCED_S", "TAKE_S", "BUSY_S")
+        for module in (client, power, snapshots, tasks):
+            vars(module).update({name: patience_s for name in limits if name in vars(module)})
+        (tasks.run.__kwdefaults__ or {})["busy_s"] = patience_s
+
+
 class FileDomainHost:
     """A DomainHost whose domains are rows of a JSON file: what a libvirtd is to tokvm, it outlives each process."""
 
@@ -255,6 +289,8 @@ def child(request: dict[str, Any], folder: Path) -> None:
     points.install()
     WatchedShell.install(points, request["patience"])
     watch_esx(points, request["patience"])
+    if request["calls"]:
+        watch_vsphere(points, request["patience"], request["calls"])
     if request["patience"] is not None:
         have_less_patience(request["patience"])
     host = FileDomainHost(Path(request["domains"]))
@@ -287,6 +323,8 @@ def small_checkpoints() -> tuple[object, ...]:
 
 
 def main() -> None:
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for line in sys.stdin:

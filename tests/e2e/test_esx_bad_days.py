@@ -1,19 +1,22 @@
-"""Bad days of a cutover from ESXi: never two copies, never none, and what the message says leads home.
+"""Bad days of a cutover from VMware: never two copies, never none, and what the message says leads home.
 
 Home: exactly one copy runs; if it is the target, its disks hold what the source's held when it stopped.
+
+The same days over SSH (esx) and over vSphere's API: a vCenter with the host's files, one whose HA we may not change (no
+rights), a vCenter alone (lease), an ESXi's own API over NFS (hostd). More of the API's own: test_vsphere_bad_days.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 
 import pytest
 from tests.e2e.bench import Bench, Meanwhile
-from tests.e2e.days import cases
+from tests.e2e.days import cases, days
 from tests.e2e.esx_days import (
     ASKED,
     COPIED,
+    COPY,
     DEFINE,
     FENCE,
     FREEZE,
@@ -38,44 +41,51 @@ from tests.e2e.esx_days import (
 )
 from tests.e2e.places import VM, EsxPlace
 
-from tokvm.testing.esxi.errors import VimFault
 from tokvm.testing.esxi.host import EsxHost
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.parametrize("bench", ["esx"], indirect=True),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+ESX, API = ("esx",), ("vcenter", "hostd")
+ALL = ESX + API
 
 
 @pytest.fixture
-def host(bench: Bench) -> EsxHost:
+def place(bench: Bench) -> EsxPlace:
     assert isinstance(bench.place, EsxPlace)
-    return bench.place.host
+    return bench.place
+
+
+@pytest.fixture
+def host(place: EsxPlace) -> EsxHost:
+    return place.host
 
 
 # Who starts a source that is about to be, or is, off
 
 
-def by_hand(host: EsxHost) -> None:
-    if not host.is_running(VM):
-        host.start(VM)
+def by_hand(place: EsxPlace) -> None:
+    if not place.host.is_running(VM):
+        place.host.start(VM)
 
 
-def by_ha(host: EsxHost) -> None:
-    """What we read keeps it from starting."""
-    with suppress(VimFault):
-        host.ha_restarts(VM)
+def by_ha(place: EsxPlace) -> None:
+    place.ha_restarts()
 
 
-@pytest.mark.parametrize(("at", "who"), cases(MOMENTS, (by_hand, by_ha), daily=[(COPIED, by_ha)]))
-def test_the_guest_is_started_again(bench: Bench, host: EsxHost, at: str, who: Callable[[EsxHost], None]) -> None:
+@days(
+    "at who",
+    cases(ESX, MOMENTS, (by_hand, by_ha), daily=[("esx", COPIED, by_ha)]),
+    cases(API, MOMENTS, (by_hand,), daily=[("vcenter", COPIED, by_hand)]),
+    cases(("vcenter", "no rights"), MOMENTS, (by_ha,), daily=[]),
+)
+def test_the_guest_is_started_again(
+    bench: Bench, place: EsxPlace, host: EsxHost, at: str, who: Callable[[EsxPlace], None]
+) -> None:
     """No fence keeps a person, or HA that takes a stop for a failure, from it: seen before the target starts, it is a rollback;
-    behind that, an alarm."""
+    behind that, an alarm. Only a vCenter's HA can be told to leave the VM alone."""
     bench.synced()
 
     def act() -> None:
-        who(host)
+        who(place)
         if host.is_running(VM):
             bench.guest_writes()
 
@@ -91,13 +101,14 @@ def test_the_guest_is_started_again(bench: Bench, host: EsxHost, at: str, who: C
         assert ended.code == ROLLED_BACK, ended.stderr
         assert bench.source_runs
     assert started or at in RUNNING or who is by_ha
+    assert not (started and who is by_ha and place.name == "vcenter"), "the fence does not hold HA"
     bench.go_home(ended, but_for="somebody" if started and at in LATE else "")
 
 
-@pytest.mark.parametrize("at", cases(LATE, daily=[]))
-def test_of_two_that_run_the_target_may_be_kept_as_well(bench: Bench, host: EsxHost, at: str) -> None:
+@days("at", cases(ALL, LATE, daily=[]))
+def test_of_two_that_run_the_target_may_be_kept_as_well(bench: Bench, place: EsxPlace, host: EsxHost, at: str) -> None:
     bench.synced()
-    ended = bench.cutover(meanwhile=Meanwhile(at, lambda: by_hand(host)))
+    ended = bench.cutover(meanwhile=Meanwhile(at, lambda: by_hand(place)))
     assert ended.code == NEEDS_PERSON, ended.stderr
     assert "To keep the target: stop the source by hand, then tokvm cutover" in said(ended)
     host.guest_stops(VM)
@@ -107,7 +118,7 @@ def test_of_two_that_run_the_target_may_be_kept_as_well(bench: Bench, host: EsxH
     assert bench.target_runs
 
 
-@pytest.mark.parametrize("at", cases(MOMENTS, daily=[]))
+@days("at", cases(ESX, MOMENTS, daily=[]), cases(("hostd",), (FENCE, *WINDOW), daily=[]))
 def test_a_host_that_restarts_does_not_start_it(bench: Bench, host: EsxHost, at: str) -> None:
     bench.synced()
     ended = bench.cutover(meanwhile=Meanwhile(at, host.host_restarts))
@@ -119,7 +130,7 @@ def test_a_host_that_restarts_does_not_start_it(bench: Bench, host: EsxHost, at:
 # Stopping, and starting again
 
 
-@pytest.mark.parametrize(("obeys", "option"), cases(("never", "late"), ("", "--force-off"), daily=[]))
+@days("obeys option", cases(ALL, ("never", "late"), ("", "--force-off"), daily=[("hostd", "never", "--force-off")]))
 def test_a_guest_that_does_not_shut_down(bench: Bench, host: EsxHost, obeys: str, option: str) -> None:
     """Late: after we gave up, while the rollback is on its way."""
     bench.synced()
@@ -139,13 +150,13 @@ def test_a_guest_that_does_not_shut_down(bench: Bench, host: EsxHost, obeys: str
     assert bench.target_runs
 
 
-@pytest.mark.parametrize("answer", cases((0, 1), daily=[]))
-def test_a_question_on_the_way_back(bench: Bench, host: EsxHost, answer: int) -> None:
+@days("answer", cases(ALL, (0, 1), daily=[]))
+def test_a_question_on_the_way_back(bench: Bench, place: EsxPlace, host: EsxHost, answer: int) -> None:
     """Nobody here answers it; a person is told its words. 0 cancels the power-on."""
     bench.synced()
 
     def act() -> None:
-        host.fault("snapshot.create", "error")
+        place.refuses("snapshot.create")
         with host.edit() as state:
             state["vms"][0]["asks"] = "Did you move this virtual machine, or did you copy it?"
 
@@ -165,9 +176,9 @@ def test_a_question_on_the_way_back(bench: Bench, host: EsxHost, answer: int) ->
 ORDERS = ("write", "update_autostartentry", "power.shutdown", "power.off", "snapshot.create")
 
 
-@pytest.mark.parametrize(
-    ("order", "kind"),
-    cases(ORDERS, KINDS, daily=[("snapshot.create", "lost_reply"), ("power.off", "lost_reply")]),
+@days(
+    "order kind",
+    cases(ESX, ORDERS, KINDS, daily=[("esx", "snapshot.create", "lost_reply"), ("esx", "power.off", "lost_reply")]),
 )
 def test_an_order_whose_answer_does_not_come(bench: Bench, host: EsxHost, order: str, kind: str) -> None:
     """One that was carried out is not a failure, except where the host says that it is."""
@@ -184,9 +195,9 @@ def test_an_order_whose_answer_does_not_come(bench: Bench, host: EsxHost, order:
     bench.go_home(ended)
 
 
-@pytest.mark.parametrize(
-    ("order", "kind"),
-    cases(("power.on", "update_autostartentry", "write"), KINDS, daily=[("update_autostartentry", "lost_reply")]),
+@days(
+    "order kind",
+    cases(ESX, ("power.on", "update_autostartentry", "write"), KINDS, daily=[("esx", "update_autostartentry", "lost_reply")]),
 )
 def test_an_order_of_the_rollback_whose_answer_does_not_come(bench: Bench, host: EsxHost, order: str, kind: str) -> None:
     bench.synced()
@@ -203,7 +214,7 @@ def test_an_order_of_the_rollback_whose_answer_does_not_come(bench: Bench, host:
     bench.go_home(ended)
 
 
-@pytest.mark.parametrize("at", cases((FENCE, STOP, ASKED, *WINDOW, DEFINE), daily=[]))
+@days("at", cases(ESX, (FENCE, STOP, ASKED, *WINDOW, DEFINE), daily=[]))
 def test_a_management_service_that_restarts(bench: Bench, host: EsxHost, at: str) -> None:
     """As many commands go unanswered as are sent in its minute."""
     bench.synced()
@@ -216,7 +227,7 @@ def test_a_management_service_that_restarts(bench: Bench, host: EsxHost, at: str
 # Other people's snapshots
 
 
-@pytest.mark.parametrize("at", cases(MOMENTS[:8], daily=[(FREEZE,)]))
+@days("at", cases(("esx", "lease", "hostd"), MOMENTS[:8], daily=[("esx", FREEZE)]))
 def test_a_foreign_snapshot_in_the_downtime(bench: Bench, host: EsxHost, at: str) -> None:
     bench.synced()
     ended = bench.cutover(meanwhile=Meanwhile(at, lambda: host.foreign_snapshot(VM, "meanwhile")))
@@ -224,7 +235,11 @@ def test_a_foreign_snapshot_in_the_downtime(bench: Bench, host: EsxHost, at: str
     assert foreign(host) == ["meanwhile"]
 
 
-@pytest.mark.parametrize(("at", "whose", "how"), cases((FENCE, *WINDOW), THEIRS[:3], HOW, daily=[]))
+@days(
+    "at whose how",
+    cases(ESX, (FENCE, *WINDOW), THEIRS[:3], HOW, daily=[]),
+    cases(("vcenter", "lease"), (COPY,), THEIRS[:3], HOW[1:], daily=[]),
+)
 def test_a_consolidation_in_the_downtime(bench: Bench, host: EsxHost, at: str, whose: str, how: str) -> None:
     theirs = between_snapshots(bench, host)
     bench.go_home(bench.cutover(meanwhile=Meanwhile(at, lambda: delete(host, theirs, whose, how))))
@@ -233,12 +248,13 @@ def test_a_consolidation_in_the_downtime(bench: Bench, host: EsxHost, at: str, w
 # Places
 
 
-@pytest.mark.parametrize("at", cases(MOMENTS, daily=[]))
-def test_a_vm_that_moves_away_in_the_downtime(bench: Bench, host: EsxHost, at: str) -> None:
-    """It goes on when the VM is back; meanwhile nothing is started twice."""
+@days("at", cases(ALL, MOMENTS, daily=[("vcenter", OFF)]))
+def test_a_vm_that_moves_away_in_the_downtime(bench: Bench, place: EsxPlace, host: EsxHost, at: str) -> None:
+    """A vCenter knows where it is. One host: it goes on when the VM is back; meanwhile nothing is started twice."""
     bench.synced()
     ended = bench.cutover(meanwhile=Meanwhile(at, lambda: host.vmotion_away(VM)), patience_s=3.0)
     if ended.code != 0:
+        assert place.name != "vcenter", ended.stderr
         assert "name the host that runs it" in said(ended) or ended.code == NEEDS_PERSON
     host.vmotion_back(VM)
     bench.go_home(ended)

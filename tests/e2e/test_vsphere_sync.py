@@ -191,6 +191,8 @@ def test_a_cutover_without_ssh_brings_what_changed_since_the_base(make: Make, tm
     assert [path.read_bytes() for path in run.paths] == [rig.content(0), rig.content(1)]
     assert not rig.host.is_running("web")
     assert rig.source.is_fenced(rig.uuid)
+    calls = [one for one in rig.vsphere.calls() if one in ("ExportSnapshot", "HttpNfcLeaseComplete", "RemoveSnapshot_Task")]
+    assert calls == 2 * ["ExportSnapshot", "HttpNfcLeaseComplete"], "one export at a time; no merge before all is over"
     run.migration(rig.connect()).finish()
     assert rig.snapshot_names() == []
     assert rig.source.is_fenced(rig.uuid)

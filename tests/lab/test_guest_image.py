@@ -9,31 +9,31 @@ from typing import Any
 import pytest
 
 from tokvm.core.units import MiB
+from tokvm.lab.boot_disk import PARTITION_OFFSET
 from tokvm.lab.errors import LabError
-from tokvm.lab.guest_image import (
-    MODULES,
-    PARTITION_OFFSET,
-    GuestImage,
-    GuestSettings,
-    build_data_disk,
-    build_guest,
-    cpio,
-)
+from tokvm.lab.guest_image import GuestImage, GuestSettings, build_data_disk, build_guest
+from tokvm.lab.guest_initrd import FORCED, INSTALLED, Drivers, cpio
 from tokvm.lab.kernel import GuestKernel
 from tokvm.lab.programs import find_program, run_program
 
 
 def inside(disk: Path, request: str) -> str:
-    return run_program(["debugfs", "-R", request, f"{disk}?offset={PARTITION_OFFSET}"], package="e2fsprogs").decode()
+    said = run_program(["debugfs", "-R", request, f"{disk}?offset={PARTITION_OFFSET}"], package="e2fsprogs")
+    return said.decode(errors="replace")
 
 
-def test_the_disk_holds_what_boots_it(guest: GuestImage) -> None:
+def test_the_disk_holds_what_boots_it(guest: GuestImage, kernel: GuestKernel) -> None:
     with guest.disk.open("rb") as file:
         mbr = file.read(512)
     assert mbr[510:] == b"\x55\xaa"
     assert b"GRUB" in mbr
     assert mbr[446] == 0x80
-    assert {"vmlinuz", "initrd.img"} <= set(inside(guest.disk, "ls -p /boot").replace("/", " ").split())
+    version = kernel.version
+    assert {f"vmlinuz-{version}", f"initrd.img-{version}"} <= set(inside(guest.disk, "ls -p /boot").replace("/", " ").split())
+    entry = inside(guest.disk, "cat /boot/grub/grub.cfg")
+    assert f"linux /boot/vmlinuz-{version} {guest.command_line}\n" in entry
+    assert f"initrd /boot/initrd.img-{version}\n" in entry
+    assert inside(guest.disk, "cat /etc/fstab").split()[0] == guest.command_line.split()[0].removeprefix("root=")
     assert guest.kernel.stat().st_size > MiB
     assert guest.command_line.startswith("root=UUID=")
 
@@ -90,15 +90,39 @@ def test_a_data_disk_is_found_by_its_label(tmp_path: Path) -> None:
     assert b"tokvm-data2" in run_program(["dumpe2fs", "-h", str(disk)], package="e2fsprogs")
 
 
-def test_the_initrd_is_an_archive_with_drivers_for_both_worlds(guest: GuestImage, kernel: GuestKernel, tmp_path: Path) -> None:
-    with guest.initrd.open("rb") as file:
-        subprocess.run(["cpio", "-id", "--quiet"], stdin=file, cwd=tmp_path, check=True)
-    listed = (tmp_path / "modules.list").read_text().split()
-    assert sorted(listed) == sorted(path.name for path in (tmp_path / "modules").iterdir())
-    assert len(listed) == len(kernel.files_of(MODULES))
-    built_in = (kernel.modules / "modules.builtin").read_text().replace("-", "_")
-    for name in ("ata_piix", "sd_mod", "virtio_blk", "virtio_net", "evdev"):
-        assert f"{name}.ko" in listed or f"/{name}.ko" in built_in
+def names_of(folder: Path) -> set[str]:
+    return {file.stem.replace("-", "_") for file in folder.rglob("*.ko")}
+
+
+def loadable(kernel: GuestKernel, names: tuple[str, ...]) -> set[str]:
+    """Those of `names` that this kernel has as modules, and what they need."""
+    return {file.name.split(".ko")[0].replace("-", "_") for file in kernel.files_of(names)}
+
+
+@pytest.mark.parametrize("drivers", Drivers)
+def test_the_initrd_is_an_archive_laid_out_as_a_distributions(drivers: Drivers, kernel: GuestKernel, tmp_path: Path) -> None:
+    image = build_guest(tmp_path / "guest.raw", size=64 * MiB, kernel=kernel, drivers=drivers.value)
+    (tmp_path / "initrd").mkdir()
+    with image.initrd.open("rb") as file:
+        subprocess.run(["cpio", "-id", "--quiet"], stdin=file, cwd=tmp_path / "initrd", check=True)
+    modules = tmp_path / "initrd/lib/modules" / kernel.version
+    assert names_of(modules) == loadable(kernel, FORCED[drivers])
+    assert len((modules / "modules.dep").read_text().splitlines()) == len(names_of(modules))
+    assert (tmp_path / "initrd/conf/modules").read_text().split() == [*FORCED[drivers]]
+    found = inside(image.disk, f"cat /boot/initrd.img-{kernel.version}")
+    assert found.startswith("070701")
+
+
+def test_a_guest_for_ide_lacks_virtio_only_in_its_initrd(kernel: GuestKernel, tmp_path: Path) -> None:
+    assert not any(name.startswith("virtio") for name in loadable(kernel, FORCED[Drivers.IDE]))
+    image = build_guest(tmp_path / "guest.raw", size=64 * MiB, kernel=kernel, drivers="ide")
+    debugfs = ["debugfs", "-R", f"rdump /lib {tmp_path}", f"{image.disk}?offset={PARTITION_OFFSET}"]
+    run_program(debugfs, package="e2fsprogs")
+    root = tmp_path / "lib/modules" / kernel.version
+    assert names_of(root) == loadable(kernel, INSTALLED)
+    aliases, built_in = (root / "modules.alias").read_text(), (root / "modules.builtin").read_text()
+    for name in ("virtio_blk", "virtio_scsi", "virtio_pci"):
+        assert f" {name}\n" in aliases or f"/{name}.ko" in built_in
 
 
 def test_cpio_keeps_names_modes_and_content(tmp_path: Path) -> None:
@@ -110,7 +134,7 @@ def test_cpio_keeps_names_modes_and_content(tmp_path: Path) -> None:
 
 
 def test_a_module_comes_after_those_it_needs(kernel: GuestKernel) -> None:
-    names = [file.name.split(".ko")[0].replace("-", "_") for file in kernel.files_of(MODULES)]
+    names = [file.name.split(".ko")[0].replace("-", "_") for file in kernel.files_of(FORCED[Drivers.BOTH])]
     assert len(names) == len(set(names))
     if "ata_piix" in names:
         assert names.index("libata") < names.index("ata_piix")

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from tokvm.core.units import MiB
+from tokvm.lab.boot_disk import PARTITION_OFFSET
 from tokvm.lab.clock import OutsideClock
-from tokvm.lab.guest_image import PARTITION_OFFSET, GuestImage, GuestSettings, build_guest
+from tokvm.lab.guest_image import GuestImage, GuestSettings, build_guest
 from tokvm.lab.kernel import GuestKernel
 from tokvm.lab.ledger import LedgerCheck, check_ledger
 from tokvm.lab.programs import find_program, run_program

@@ -1,4 +1,4 @@
-"""The small sums: rate limit, meter, prediction."""
+"""The small sums: rate limit, meter."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import pytest
 
 from tokvm.core.units import MiB
 from tokvm.transfer.bucket import TokenBucket
-from tokvm.transfer.predict import FixedTimes, MeasuredPass, PassKind, change_rate, predict_downtime
 from tokvm.transfer.progress import Meter
 
 
@@ -65,21 +64,3 @@ def test_a_meter_at_rest_knows_no_end() -> None:
     clock.now += 1
     assert (meter.rate, meter.left_s) == (0.0, None)
     assert Meter(0, clock=clock).fraction == 1.0
-
-
-def test_the_prediction_adds_up() -> None:
-    passes = [
-        MeasuredPass(PassKind.BASE, 1000 * MiB, 10.0),
-        MeasuredPass(PassKind.DELTA, 60 * MiB, 0.6, period_s=60.0),
-        MeasuredPass(PassKind.DELTA, 30 * MiB, 0.3, period_s=30.0),
-    ]
-    assert change_rate(passes) == pytest.approx(MiB)
-    found = predict_downtime(passes, FixedTimes(stop_s=10, boot_s=20, overhead_s=2), since_last_snapshot_s=90)
-    assert found.delta_bytes == 100 * MiB
-    assert found.delta_s == pytest.approx(1.0, rel=0.01)
-    assert found.total_s == pytest.approx(33.0, rel=0.01)
-
-
-def test_before_any_delta_only_the_fixed_parts_are_known() -> None:
-    found = predict_downtime([], FixedTimes(stop_s=1, boot_s=2, overhead_s=3), since_last_snapshot_s=1000)
-    assert (found.delta_bytes, found.total_s) == (0, 6)

@@ -11,6 +11,7 @@ from pathlib import Path
 from tokvm.core.errors import UsageError
 from tokvm.core.machine import DiskBus, Finding, Severity, VirtualMachine
 from tokvm.domain.base import DomainPlan, TargetDisk
+from tokvm.guest.base import Way
 
 DEFAULT_LIBVIRT = "qemu:///system"
 
@@ -49,7 +50,11 @@ class TargetChoice:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One migration's decisions. `source` is the URL without secrets; `targets` are in the order of the VM's disks."""
+    """One migration's decisions. `source` is the URL without secrets; `targets` are in the order of the VM's disks.
+
+    way: how the guest is made to boot, None for what the newest rehearsal found; virtio_win: the operator's drivers for Windows
+    (ISO or folder); guest_root: libguestfs' name of the system that is meant, where there are several.
+    """
 
     source: str
     targets: tuple[TargetChoice, ...]
@@ -60,6 +65,9 @@ class Plan:
     bus: DiskBus = DiskBus.VIRTIO_BLK
     domain: str = ""
     rate_limit: float | None = None
+    way: Way | None = None
+    virtio_win: str = ""
+    guest_root: str = ""
 
     def kept(self) -> Plan:
         """As it is stored: a host key is believed anew only when the operator says so again."""
@@ -75,6 +83,7 @@ class Plan:
         if not isinstance(ssh, dict) or not isinstance(targets, list):
             raise UsageError("the stored plan has another shape", fix="it was written by another version of tokvm")
         known["bus"] = DiskBus(str(known.get("bus", DiskBus.VIRTIO_BLK)))
+        known["way"] = Way(str(known["way"])) if known.get("way") else None
         return cls(ssh=SshOptions(**ssh), targets=tuple(TargetChoice(**t) for t in targets), **known)  # type: ignore[arg-type]
 
 

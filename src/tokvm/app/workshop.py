@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from tokvm.app.guests import GuestSide, with_way
 from tokvm.app.inventory import check_targets, reached
 from tokvm.app.plan import Plan, Request, domain_plan, merged, new_plan, unmapped
+from tokvm.app.rehearsals import RehearsalWishes
 from tokvm.app.state import default_state_dir, manifest_path, prepare_state_dir
 from tokvm.app.targets import spec_of
 from tokvm.core.disk import DiskWriter
@@ -21,11 +23,12 @@ from tokvm.core.errors import Blocked, UsageError
 from tokvm.core.machine import Finding, Severity, VirtualMachine
 from tokvm.domain.base import DomainPlan
 from tokvm.domain.host import LibvirtHost
+from tokvm.guest.base import Way
 from tokvm.migration.doors import Doors, Observer
 from tokvm.migration.journal import Journal
 from tokvm.migration.phases import Phase
 from tokvm.migration.records import MigrationRecord
-from tokvm.migration.reports import CutoverReport, StatusReport, SyncReport
+from tokvm.migration.reports import CutoverReport, StatusReport, SyncReport, with_prediction
 from tokvm.migration.runner import Migration, status_of
 from tokvm.sources.base import Source
 from tokvm.targets.open import open_target
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Rehearsal:
+class Outline:
     """What `--dry-run` shows: nothing was changed, on either side."""
 
     vm: VirtualMachine
@@ -67,7 +70,7 @@ class Workshop:
     def status(self, name: str) -> StatusReport:
         return status_of(self.journal, self.journal.find(name))
 
-    def rehearse(self, url: str, name: str, request: Request) -> Rehearsal:
+    def outline(self, url: str, name: str, request: Request) -> Outline:
         """Everything `begin` and `sync` would check and do, without doing it."""
         with reached(url, request.ssh, self.observer.note, self.recorder) as source:
             vm = source.inspect(source.find(name))
@@ -77,7 +80,7 @@ class Workshop:
             findings = (*source.check(vm, owner=known_owner), *unmapped(vm, plan.networks))
             if known is None:
                 findings += tuple(check_targets(vm, plan.targets))
-        return Rehearsal(vm, plan, findings, _sync_steps(plan, known))
+        return Outline(vm, plan, findings, _sync_steps(plan, known))
 
     @contextmanager
     def begin(self, url: str, name: str, request: Request) -> Iterator[Job]:
@@ -133,6 +136,7 @@ class Job:
         self._source = source
         self._domain: DomainPlan | None = None
         self.record = record
+        self.guest = self._guest_side()
         self.migration = self._migration()
 
     def sync_unless_cutting(self, *, passes: int | None, budget_s: float | None) -> SyncReport | None:
@@ -149,12 +153,30 @@ class Job:
         deadline_s: float,
         proof_s: float,
         sign: Callable[[], bool] | None = None,
+        despite_rehearsal: bool = False,
     ) -> CutoverReport:
         """The cutover, after libvirt was asked whether it could run the VM: better now than with the source off."""
-        if self._book.phase is Phase.COPY and self.migration.status().passes_done:
+        if self._book.phase in (Phase.COPY, Phase.ROLLED_BACK) and self.migration.status().passes_done:
+            self.guest.refuse_failed_rehearsal(forced=despite_rehearsal)
             self._refuse_unrunnable()
-        migration = self._migration(sign) if sign else self.migration
-        return migration.cutover(budget_s=budget_s, force_off=force_off, deadline_s=deadline_s, proof_s=proof_s)
+        return self._migration(sign).cutover(budget_s=budget_s, force_off=force_off, deadline_s=deadline_s, proof_s=proof_s)
+
+    def choose_way(self, way: Way | None, virtio_win: str | None, root: str | None) -> None:
+        """How the guest is made to boot, kept for later commands. Before the cutover only: after it the way was gone."""
+        plan = with_way(self._plan, way, virtio_win, root)
+        if plan == self._plan:
+            return
+        if self._book.phase not in (Phase.COPY, Phase.ROLLED_BACK):
+            raise UsageError(f"a cutover is under way or done (phase {self._book.phase})", where=self.record.name)
+        self._book.replan(plan.kept().to_json())
+        self._plan = plan
+        self.guest = self._guest_side()
+
+    def rehearse(self, wishes: RehearsalWishes) -> dict[str, object]:
+        """Boot a throw-away copy of the last pass. The migration is locked meanwhile."""
+        with self._shop.journal.lock(self.record.id):
+            document = self.guest.rehearse(self._bare_domain_plan(), wishes)
+            return with_prediction(document, self._migration().status().prediction)
 
     def cutover_steps(self) -> list[str]:
         self._refuse_unrunnable()
@@ -178,6 +200,9 @@ class Job:
             "nothing: no snapshot of ours is left"
         ]
 
+    def _guest_side(self) -> GuestSide:
+        return GuestSide(self._shop.state_dir, self._book, self._plan, self._host, self._shop.observer, self._open_same)
+
     def _migration(self, sign: Callable[[], bool] | None = None) -> Migration:
         doors = Doors(
             source=self._source,
@@ -187,13 +212,18 @@ class Job:
             manifest_path=self._manifest_path,
             observer=self._shop.observer,
             proof=sign,
+            morpher=self.guest.morpher(self._bare_domain_plan),
             limits=PassLimits(rate_limit=self._plan.rate_limit),
         )
         return Migration(self._shop.journal, self.record, doors)
 
     def _open_target(self, index: int) -> DiskWriter:
+        return self._open_same(index, None)
+
+    def _open_same(self, index: int, identity: str | None) -> DiskWriter:
+        """The target of a disk, if it is still the one that `identity` (or else the journal) says."""
         disk = next(disk for disk in self._book.disks() if disk.index == index)
-        return open_target(spec_of(self._plan.targets[index]), size=disk.size, expect=disk.identity or None)
+        return open_target(spec_of(self._plan.targets[index]), size=disk.size, expect=identity or disk.identity or None)
 
     def _manifest_path(self, number: int, disk: int) -> Path:
         path = manifest_path(self._shop.state_dir, self.record.id, number, disk)
@@ -203,11 +233,14 @@ class Job:
     def _domain_name(self) -> str:
         return self._plan.domain or self.record.name
 
-    def _domain_plan(self) -> DomainPlan:
-        """Made from the VM as it is now, asked for once."""
+    def _bare_domain_plan(self) -> DomainPlan:
+        """Made from the VM as it is now, asked for once; whatever the way."""
         if self._domain is None:
             self._domain = domain_plan(self._source.inspect(self.record.vm_uuid), self._plan)
         return self._domain
+
+    def _domain_plan(self) -> DomainPlan:
+        return self.guest.domain(self._bare_domain_plan())
 
     def _refuse_unrunnable(self) -> None:
         for finding in self._host.check(self._domain_plan()):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from tokvm.app.probe import proof_of
 from tokvm.app.workshop import Workshop
 from tokvm.cli import options
@@ -16,6 +20,12 @@ def cutover(
     deadline: options.Deadline = "5m",
     proof: options.Proof = "5m",
     probe: options.Probe = None,
+    way: options.WayOption = None,
+    virtio_win: options.VirtioWin = None,
+    guest_root: options.GuestRoot = None,
+    despite_rehearsal: Annotated[
+        bool, typer.Option("--despite-rehearsal", help="Cut over though the last rehearsal failed.")
+    ] = False,
     state_dir: options.StateDir = None,
     json: options.Json = False,
     events: options.Events = False,
@@ -32,6 +42,7 @@ def cutover(
     ):
         budget_s, deadline_s, proof_s = options.duration(budget), options.seconds(deadline), options.seconds(proof)
         sign = proof_of(probe)
+        job.choose_way(options.way(way), virtio_win, guest_root)
         if dry_run:
             print_lines(job.cutover_steps(), json=json)
             return
@@ -41,6 +52,7 @@ def cutover(
             deadline_s=deadline_s,
             proof_s=proof_s,
             sign=sign,
+            despite_rehearsal=despite_rehearsal,
         )
         if json:
             print_json(report.to_dict())

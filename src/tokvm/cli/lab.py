@@ -11,7 +11,7 @@ import typer
 from tokvm.cli import options
 from tokvm.cli.output import print_fields, print_json
 from tokvm.core.errors import UsageError
-from tokvm.lab.settings import LabSettings
+from tokvm.lab.settings import GuestKind, LabSettings
 
 lab = typer.Typer(help="Try tokvm on an embedded hypervisor with a real guest.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -24,7 +24,20 @@ SourceName = Annotated[
     ),
 ]
 Guests = Annotated[int, typer.Option("--guests", help="How many VMs run and are migrated, one after the other.", min=1)]
-DiskSize = Annotated[str, typer.Option("--disk-size", help="Size of each guest's disk.", metavar="SIZE")]
+Guest = Annotated[
+    str,
+    typer.Option(
+        "--guest",
+        help="What runs in the VMs: mini (seconds to make), mini-no-virtio (needs a morph), debian-no-virtio (a real Debian; "
+        "minutes to make, once), windows-phony (is built, never boots: for lab up).",
+    ),
+]
+DiskSize = Annotated[
+    str | None,
+    typer.Option(
+        "--disk-size", help="Size of each guest's disk [256M; debian-no-virtio: 1200M].", metavar="SIZE", show_default=False
+    ),
+]
 WriteRate = Annotated[
     str, typer.Option("--write-rate", help="Bytes per second each guest writes beside its ledger.", metavar="SIZE")
 ]
@@ -36,23 +49,52 @@ LinkRate = Annotated[
 ]
 Rtt = Annotated[str, typer.Option("--rtt", help="Delay added to each round trip.", metavar="DURATION")]
 LabPasses = Annotated[int, typer.Option("--passes", help="Base and deltas before the final one.", min=1)]
+Rehearse = Annotated[
+    bool, typer.Option("--rehearse", help="Sync, rehearse, cut over, instead of migrate: see what the rehearsal foretold.")
+]
+Pictures = Annotated[
+    Path | None,
+    typer.Option("--pictures", help="A folder for the rehearsals' pictures [they go with the lab].", show_default=False),
+]
 Folder = Annotated[
     Path | None, typer.Option("--folder", help="Where the lab lives [a new folder of its own].", show_default=False)
 ]
 
 
 def _settings(
-    source: str, guests: int, disk_size: str, write_rate: str, link_rate: str | None, rtt: str, passes: int
+    source: str,
+    guests: int,
+    guest: str,
+    disk_size: str | None,
+    write_rate: str,
+    link_rate: str | None,
+    rtt: str,
+    passes: int = 3,
+    *,
+    rehearse: bool = False,
+    way: str | None = None,
+    pictures: Path | None = None,
 ) -> LabSettings:
     return LabSettings(
         source=source,
         guests=guests,
-        disk_size=_size(disk_size),
+        guest=_guest(guest),
+        disk_size=0 if disk_size is None else _size(disk_size),
         write_rate=_size(write_rate),
         link_rate=None if link_rate is None else float(_size(link_rate)),
         rtt_s=options.duration(rtt) or 0.0,
         passes=passes,
+        rehearse=rehearse,
+        way=options.way(way),
+        pictures=pictures,
     )
+
+
+def _guest(text: str) -> GuestKind:
+    try:
+        return GuestKind(text)
+    except ValueError as exc:
+        raise UsageError(f"the lab has no guest {text!r}", fix=f"write --guest {' or '.join(GuestKind)}") from exc
 
 
 def _size(text: str) -> int:
@@ -66,11 +108,15 @@ def _size(text: str) -> int:
 def run(
     source: SourceName = "xenserver",
     guests: Guests = 1,
-    disk_size: DiskSize = "256M",
+    guest: Guest = "mini",
+    disk_size: DiskSize = None,
     write_rate: WriteRate = "256K",
     link_rate: LinkRate = None,
     rtt: Rtt = "0s",
     passes: LabPasses = 3,
+    rehearse: Rehearse = False,
+    way: options.WayOption = None,
+    pictures: Pictures = None,
     folder: Folder = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the lab running afterwards; `tokvm lab down` ends it.")] = False,
     json: options.Json = False,
@@ -81,7 +127,12 @@ def run(
     from tokvm.lab.run import run as run_lab
 
     with options.running(json=json, events=events, verbose=verbose) as reporter:
-        settings = _settings(source, guests, disk_size, write_rate, link_rate, rtt, passes)
+        settings = _settings(
+            *(source, guests, guest, disk_size, write_rate, link_rate, rtt, passes),
+            rehearse=rehearse,
+            way=way,
+            pictures=pictures,
+        )
         report = run_lab(settings, folder=folder, keep=keep, progress=reporter.note)
         if json:
             print_json(report.document)
@@ -95,7 +146,8 @@ def run(
 def up(
     source: SourceName = "xenserver",
     guests: Guests = 1,
-    disk_size: DiskSize = "256M",
+    guest: Guest = "mini",
+    disk_size: DiskSize = None,
     write_rate: WriteRate = "256K",
     link_rate: LinkRate = None,
     rtt: Rtt = "0s",
@@ -108,7 +160,7 @@ def up(
 
     with options.running(json=json, verbose=verbose) as reporter:
         place, record = lab_up(
-            _settings(source, guests, disk_size, write_rate, link_rate, rtt, 3), folder=folder, progress=reporter.note
+            _settings(source, guests, guest, disk_size, write_rate, link_rate, rtt), folder=folder, progress=reporter.note
         )
         known = {
             "folder": str(place),

@@ -15,10 +15,14 @@ from tokvm.cli.image import image
 from tokvm.cli.lab import lab
 from tokvm.cli.look import check, ls
 from tokvm.cli.migrate import migrate
+from tokvm.cli.morph import morph
 from tokvm.cli.output import print_error
+from tokvm.cli.rehearse import rehearse
+from tokvm.cli.report import report
 from tokvm.cli.rollback import rollback
 from tokvm.cli.status import status
 from tokvm.cli.sync import sync
+from tokvm.cli.unmorph import unmorph
 from tokvm.cli.verify import verify
 from tokvm.core.errors import TokvmError
 
@@ -47,7 +51,7 @@ def root(
     """Move virtual machines to KVM while they keep running."""
 
 
-for verb in (check, ls, sync, cutover, migrate, status, rollback, finish, verify):
+for verb in (check, ls, sync, rehearse, cutover, migrate, status, report, rollback, finish, verify, morph, unmorph):
     cli.command()(verb)
 cli.add_typer(image, name="image")
 cli.add_typer(lab, name="lab")

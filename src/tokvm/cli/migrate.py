@@ -70,7 +70,7 @@ def migrate(
         request, budget_s = target.request(ssh), options.duration(budget)
         deadline_s, proof_s, sign = options.seconds(deadline), options.seconds(proof), proof_of(probe)
         if dry_run:
-            print_dry_run(shop.rehearse(source, name, request), json=json)
+            print_dry_run(shop.outline(source, name, request), json=json)
             return
         with shop.begin(source, name, request) as job:
             synced = job.sync_unless_cutting(passes=passes, budget_s=budget_s)

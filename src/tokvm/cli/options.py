@@ -18,6 +18,7 @@ from tokvm.cli.reporters import Reporter, choose_reporter
 from tokvm.core.errors import TokvmError, UsageError
 from tokvm.core.text import printable
 from tokvm.core.units import parse_duration, parse_size
+from tokvm.guest.base import Way
 
 if TYPE_CHECKING:
     from tokvm.remote.recording import Recorder
@@ -118,6 +119,22 @@ PasswordFile = Annotated[
         show_default=False,
     ),
 ]
+WayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--way",
+        help="How the guest is made to boot: none, micro, kernel, compatible, virt-v2v or prestage [the rehearsal's best].",
+        show_default=False,
+    ),
+]
+VirtioWin = Annotated[
+    str | None,
+    typer.Option("--virtio-win", help="Drivers for Windows: the virtio-win ISO, or a folder of it.", show_default=False),
+]
+GuestRoot = Annotated[
+    str | None,
+    typer.Option("--root", help="Which system is meant where a disk holds several, e.g. /dev/sda2.", show_default=False),
+]
 CloneBase = Annotated[
     bool,
     typer.Option("--clone-base", help="esx: a base that stays locked is cloned on its datastore first (needs the room)."),
@@ -195,6 +212,14 @@ Record = Annotated[
     ),
 ]
 Proof = Annotated[str, typer.Option("--proof", help="How long the target may take to show life.", metavar="DURATION")]
+
+
+def way(text: str | None) -> Way | None:
+    """`--way`."""
+    try:
+        return None if text is None else Way(text)
+    except ValueError as exc:
+        raise UsageError(f"{text!r} is no way to cut over", fix=f"one of {', '.join(Way)}") from exc
 
 
 class _OneLine(logging.Formatter):

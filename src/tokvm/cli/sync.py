@@ -64,7 +64,7 @@ def sync(
     ):
         request, budget_s = target.request(ssh), options.duration(budget)
         if dry_run:
-            print_dry_run(shop.rehearse(source, name, request), json=json)
+            print_dry_run(shop.outline(source, name, request), json=json)
             return
         with shop.begin(source, name, request) as job:
             report = job.migration.sync(passes=passes, budget_s=budget_s)

@@ -20,11 +20,28 @@ class PowerState(StrEnum):
 
 
 class DiskBus(StrEnum):
-    """The bus of the disk on the target."""
+    """The bus of the disk on the target. All but the first two are hardware that a guest of another hypervisor drives as it is.
+
+    PVSCSI is VMware's own controller, SAS LSI's 1068 (VMware's "LSI Logic SAS"), MEGASAS LSI's 1078."""
 
     VIRTIO_BLK = "virtio-blk"
     VIRTIO_SCSI = "virtio-scsi"
     SATA = "sata"
+    IDE = "ide"
+    NVME = "nvme"
+    PVSCSI = "pvscsi"
+    SAS = "sas"
+    MEGASAS = "megasas"
+
+
+class NicModel(StrEnum):
+    """The network card on the target; the value is libvirt's."""
+
+    VIRTIO = "virtio"
+    VMXNET3 = "vmxnet3"
+    E1000E = "e1000e"
+    E1000 = "e1000"
+    RTL8139 = "rtl8139"
 
 
 class Severity(StrEnum):
@@ -35,7 +52,8 @@ class Severity(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Disk:
     """One disk of the source VM. `key` is the hypervisor's own id for it (XenServer: VDI uuid); `index` counts from 0
-    in the guest's order; `size` is the virtual size in bytes; `storage` says what it lies on (XenServer: the SR's type)."""
+    in the guest's order; `size` is the virtual size in bytes; `storage` says what it lies on (XenServer: the SR's type).
+    `sector` is the logical block size in bytes that the guest sees, 512 or 4096: partition tables count in it."""
 
     index: int
     key: str
@@ -44,15 +62,18 @@ class Disk:
     bootable: bool = False
     storage: str = ""
     label: str = ""
+    sector: int = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Nic:
-    """`mac` is lower case, colon separated. `network` is the source's name of the network it is plugged into."""
+    """`mac` is lower case, colon separated. `network` is the source's name of the network it is plugged into. `slot` is the PCI
+    slot that the guest names it after (192: ens192; VMware: `ethernetN.pciSlotNumber`), None when the source says nothing."""
 
     index: int
     mac: str
     network: str = ""
+    slot: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from tokvm.core.errors import DomainError
-from tokvm.core.machine import DiskBus, VirtualMachine
+from tokvm.core.machine import DiskBus, NicModel, VirtualMachine
 
 
 class DomainState(StrEnum):
@@ -23,6 +24,14 @@ class Accel(StrEnum):
     TCG = "qemu"
 
 
+class DiskFormat(StrEnum):
+    """What QEMU is told that the file is; never found out by looking, because the guest writes the first sector."""
+
+    RAW = "raw"
+    QCOW2 = "qcow2"
+    """An overlay of our own making, in a rehearsal only."""
+
+
 @dataclass(frozen=True, slots=True)
 class TargetDisk:
     """A disk of the target: an absolute path to a raw file or block device, in the order of VirtualMachine.disks."""
@@ -31,18 +40,85 @@ class TargetDisk:
     block: bool
     bus: DiskBus = DiskBus.VIRTIO_BLK
     serial: str = ""
+    format: DiskFormat = DiskFormat.RAW
+
+
+@dataclass(frozen=True, slots=True)
+class DirectKernel:
+    """Kernel and initrd beside the VM (absolute paths on the target) that are booted instead of what firmware would find."""
+
+    image: str
+    initrd: str
+    cmdline: str
 
 
 @dataclass(frozen=True, slots=True)
 class DomainPlan:
     """What the domain is made from. `networks` maps a source network's name (or `*`) → the target's
-    (`network:NAME`, `bridge:NAME`, `user`, `none`). `machine` is `q35` or `pc`."""
+    (`network:NAME`, `bridge:NAME`, `user`, `none`). `machine` is `q35` or `pc`.
+
+    `kernel`: boot it directly. `nvram`: the file with the domain's UEFI variables, prepared or not there yet; "" leaves its
+    place to libvirt. `boot_disk`: index of the disk that firmware boots first, None when only the source's word is known.
+    `windows`: what inspection said; None asks `VirtualMachine.extra["guest_os"]`."""
 
     vm: VirtualMachine
     name: str
     disks: tuple[TargetDisk, ...]
     networks: dict[str, str]
     machine: str = "q35"
+    nic_model: NicModel = NicModel.VIRTIO
+    kernel: DirectKernel | None = None
+    nvram: str = ""
+    boot_disk: int | None = None
+    windows: bool | None = None
+
+    @property
+    def is_windows(self) -> bool:
+        return self.vm.extra.get("guest_os", "").lower().startswith("windows") if self.windows is None else self.windows
+
+
+class Sign(StrEnum):
+    """What shows that a guest lives, strongest first. The screen is none: it shows what it showed when the guest stopped."""
+
+    AGENT = "agent"
+    SERIAL = "serial"
+    DHCP = "dhcp"
+    ARP = "arp"
+    IPV6 = "ipv6"
+
+
+PROOFS = frozenset({Sign.AGENT, Sign.SERIAL, Sign.DHCP})
+"""Signs that come from the guest's own user land; the others its kernel gives by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class LifeSign:
+    """A sign and when it was seen: seconds after the start. `detail`: the agent's name of the system, the line, the message."""
+
+    sign: Sign
+    after_s: float
+    detail: str = ""
+
+
+class Outcome(StrEnum):
+    ALIVE = "alive"
+    FAILED = "failed"
+    """It said, or its domain shows, that it will not come up."""
+    SILENT = "silent"
+    """Nothing proved either within the deadline."""
+
+
+@dataclass(frozen=True, slots=True)
+class LifeSigns:
+    """What became of a guest that was tried. `after_s`: seconds from its start to the verdict. `why`: one sentence. `signs`:
+    the first of each kind. `tail`: the end of its serial output, printable. `picture`: a PNG of its screen at the end."""
+
+    outcome: Outcome
+    after_s: float
+    why: str
+    signs: tuple[LifeSign, ...] = ()
+    tail: str = ""
+    picture: Path | None = None
 
 
 class StartUnknown(DomainError):

@@ -16,16 +16,17 @@ from typing import Any
 from tokvm.core.errors import DomainError
 from tokvm.core.machine import Finding
 from tokvm.domain.accel import Kvm, probe_kvm
-from tokvm.domain.base import Accel, DomainPlan, DomainState, StartUnknown
+from tokvm.domain.agent import agent_answers
+from tokvm.domain.base import PROOFS, Accel, DomainPlan, DomainState, LifeSigns, Sign, StartUnknown
 from tokvm.domain.check import find_obstacles
 from tokvm.domain.connection import Connection
 from tokvm.domain.names import legal_name
+from tokvm.domain.nics import with_link_down
+from tokvm.domain.rehearsal import PREFIX, Rehearsal, RehearsalPlan, clean_up
 from tokvm.domain.schema import validate
-from tokvm.domain.xml import domain_xml, source_name, with_link_down
+from tokvm.domain.xml import domain_xml, source_name
 
 log = logging.getLogger(__name__)
-
-AGENT_TIMEOUT_S = 2
 
 
 class LibvirtHost:
@@ -148,14 +149,16 @@ class LibvirtHost:
         domain = self._connection.look_up(uuid)
         if domain is None:
             return False
-        import libvirt_qemu  # type: ignore[import-untyped]
+        return agent_answers(self._connection, domain)
 
-        try:
-            libvirt_qemu.qemuAgentCommand(domain, '{"execute": "guest-ping"}', AGENT_TIMEOUT_S, 0)
-        except self._libvirt.libvirtError as exc:
-            log.debug("%s: no answer from the agent of %s: %s", self.url, uuid, exc)
-            return False
-        return True
+    def rehearse(self, plan: RehearsalPlan, *, deadline_s: float, proofs: frozenset[Sign] = PROOFS) -> LifeSigns:
+        """Boot overlays of the plan's disks in a domain that nobody else hears of, until one of `proofs`, a failure or the
+        deadline. Nothing is left but the picture. DomainError when it cannot be tried at all."""
+        return Rehearsal(self._connection, plan, accel=self.accel()).run(deadline_s=deadline_s, proofs=proofs)
+
+    def clean_up_rehearsals(self, prefix: str = PREFIX) -> int:
+        """Remove rehearsals that outlived their tokvm; `rehearsal_name(uuid)` is the one of a VM. How many there were."""
+        return clean_up(self._connection, prefix)
 
     def close(self) -> None:
         self._connection.close()

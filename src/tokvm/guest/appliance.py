@@ -109,6 +109,10 @@ class Appliance:
         finally:
             self._end()
 
+    def abandon(self) -> None:
+        """Switch it off as it is: for an appliance whose overlays are thrown away."""
+        self._end()
+
     @contextmanager
     def translated(self, what: str) -> Iterator[None]:
         """libguestfs' RuntimeError as GuestError."""

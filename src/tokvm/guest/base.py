@@ -139,7 +139,7 @@ class WindowsFacts:
 @dataclass(frozen=True, slots=True)
 class GuestFacts:
     """What inspection found. root: libguestfs' name of the root file system (`/dev/sda1`). boot_disk: index of the disk that
-    the firmware boots. mounts: mount point → device. problems: what stands in a morph's way, found while looking."""
+    the firmware boots. efi_loaders: loaders in its ESP as firmware names them (`\\EFI\\debian\\grubx64.efi`). mounts: mount point → device. problems: what stands in a morph's way, found while looking."""
 
     family: OsFamily
     root: str = ""
@@ -151,6 +151,7 @@ class GuestFacts:
     hostname: str = ""
     firmware: Firmware = Firmware.BIOS
     boot_disk: int = 0
+    efi_loaders: tuple[str, ...] = ()
     mounts: dict[str, str] = field(default_factory=dict)
     linux: LinuxFacts | None = None
     windows: WindowsFacts | None = None

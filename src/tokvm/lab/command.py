@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -12,13 +13,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tokvm.guest.base import Way
 from tokvm.lab.errors import LabError
 from tokvm.lab.home import LabRecord
+from tokvm.lab.kernel import appliance_environment
 from tokvm.testing import pids
 
 log = logging.getLogger(__name__)
 
 TAIL_LINES = 40
+LIFE = "LAB-GUEST READY"
+"""What every lab guest prints on its serial port when it has begun its work (a regular expression)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +50,33 @@ class Finished:
 
 def migrate_argv(record: LabRecord, folder: Path, name: str, *, passes: int) -> list[str]:
     """`--proof 0`: the guest has no agent; that it lives is the outside clock's to say."""
+    return [*_begin("migrate", record, folder, name, passes=passes), "--proof", "0s"]
+
+
+def sync_argv(record: LabRecord, folder: Path, name: str, *, passes: int) -> list[str]:
+    return _begin("sync", record, folder, name, passes=passes)
+
+
+def rehearse_argv(folder: Path, name: str, *, way: Way | None, deadline_s: float) -> list[str]:
+    return _go_on("rehearse", folder, name, way, "--sign-serial", LIFE, "--deadline", f"{deadline_s:g}s")
+
+
+def cutover_argv(folder: Path, name: str, *, way: Way | None) -> list[str]:
+    return _go_on("cutover", folder, name, way, "--proof", "0s")
+
+
+def _begin(verb: str, record: LabRecord, folder: Path, name: str, *, passes: int) -> list[str]:
     return [
-        *("migrate", record.url, name, *record.options),
+        *(verb, record.url, name, *record.options),
         *("--to", str(target_folder(folder, name)), "--state-dir", str(folder / "state")),
         *("--ssh-config", record.ssh_config, "--libvirt", record.libvirt, "--network", "*=user"),
-        *("--passes", str(passes), "--proof", "0s", "--json", "--events"),
+        *("--passes", str(passes), "--json", "--events"),
     ]
+
+
+def _go_on(verb: str, folder: Path, name: str, way: Way | None, *words: str) -> list[str]:
+    chosen = () if way is None else ("--way", way.value)
+    return [verb, name, "--state-dir", str(folder / "state"), *chosen, *words, "--json", "--events"]
 
 
 def finish_argv(folder: Path, name: str) -> list[str]:
@@ -64,10 +90,18 @@ def target_folder(folder: Path, name: str) -> Path:
 def run_tokvm(
     arguments: Sequence[str], folder: Path, *, timeout_s: float, on_event: Callable[[Event], None] | None = None
 ) -> Finished:
-    """Run `tokvm arguments…` to its end. LabError when it does not come to one."""
+    """Run `tokvm arguments…` to its end. LabError when it does not come to one. It finds the lab's kernel for libguestfs'
+    appliance, and the lab's folder as its own: supermin copies what lies where it is started."""
     argv = [sys.executable, "-m", "tokvm", *arguments]
     log.info("%s", " ".join(argv))
-    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=folder,
+        env={**os.environ, **appliance_environment()},
+    )
     note = pids.note(folder / "run", f"tokvm-{process.pid}", process.pid)
     done = Finished(-1, {})
     reader = threading.Thread(target=_read_events, args=(process, done, on_event), daemon=True)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from tokvm.core.units import MiB
 from tokvm.domain.accel import kvm_works
-from tokvm.lab.guest_image import GuestSettings, build_guest
+from tokvm.lab.debian_guest import build_debian
+from tokvm.lab.guest_image import BiosGuest, GuestImage, GuestSettings, build_guest
 from tokvm.lab.kernel import find_kernel
-from tokvm.lab.settings import LabSettings
+from tokvm.lab.settings import GuestKind, LabSettings
 from tokvm.lab.source_vm import SourceVm, mac_of
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def make_guest(folder: Path, machine: LabMachine, settings: LabSettings, *, cloc
     """Build the guest, and the VM that a played host finds in its backend folder, off. `folder` is the lab's."""
     guest_settings = GuestSettings(name=machine.name, clock_port=clock_port, write_rate=settings.write_rate)
     image = folder / "images" / f"{machine.name}.raw"
-    guest = build_guest(image, size=settings.disk_size, settings=guest_settings, kernel=find_kernel())
+    guest = _build(image, settings, guest_settings)
     SourceVm.create(
         folder / "host" / "backend" / machine.uuid,
         name=machine.name,
@@ -54,3 +55,18 @@ def make_guest(folder: Path, machine: LabMachine, settings: LabSettings, *, cloc
     )
     image.unlink()  # copied; the VM has its own
     log.info("guest %s is built", machine.name)
+
+
+def _build(image: Path, settings: LabSettings, own: GuestSettings) -> GuestImage | BiosGuest:
+    match settings.guest:
+        case GuestKind.MINI:
+            return build_guest(image, size=settings.disk_size, settings=own, kernel=find_kernel())
+        case GuestKind.MINI_NO_VIRTIO:
+            return build_guest(image, size=settings.disk_size, settings=own, kernel=find_kernel(), drivers="ide")
+        case GuestKind.DEBIAN_NO_VIRTIO:
+            return build_debian(image, size=settings.disk_size, settings=own)
+        case GuestKind.WINDOWS_PHONY:
+            from tokvm.lab.windows_guest import build_windows
+
+            build_windows(image, size=settings.disk_size)
+            return BiosGuest(image)

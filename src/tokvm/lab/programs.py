@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tokvm.lab.errors import LabError
 from tokvm.remote import process
@@ -20,10 +20,17 @@ def find_program(name: str, *, package: str) -> str:
     return found
 
 
-def run_program(argv: Sequence[str], *, package: str, timeout_s: float = 120, input_bytes: bytes | None = None) -> bytes:
+def run_program(
+    argv: Sequence[str],
+    *,
+    package: str,
+    timeout_s: float = 120,
+    input_bytes: bytes | None = None,
+    env: Mapping[str, str] | None = None,
+) -> bytes:
     """Run it to its end and hand back its stdout; LabError with the end of its stderr when it fails."""
     program = find_program(argv[0], package=package)
-    done = process.run([program, *argv[1:]], input=input_bytes, timeout_s=timeout_s, where=argv[0])
+    done = process.run([program, *argv[1:]], input=input_bytes, timeout_s=timeout_s, where=argv[0], env=env)
     if done.code != 0:
         complaint = done.stderr.decode(errors="replace").strip()[-800:] or f"exit status {done.code}"
         raise LabError(f"{argv[0]} failed: {complaint}", where=" ".join(argv))

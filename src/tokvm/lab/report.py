@@ -1,23 +1,25 @@
 """What the lab reports: passes, downtime by the outside clock, the ledger, the target, the outcome.
 
-    last heartbeat of the source        stop done      delta done      start done       first heartbeat of the target
-    ├── stop ───────────────────────────┤── delta ─────┤── start ──────┤── boot ────────┤
-    ├── total ──────────────────────────────────────────────────────────────────────────┤
+    last heartbeat of the source   stop done    delta done    morph done    start done     first heartbeat of the target
+    ├── stop ──────────────────────┤── delta ───┤── (morph) ──┤── start ────┤── boot ──────┤
+    ├── total ─────────────────────────────────────────────────────────────────────────────┤
 
 The ends are the outside clock's. Where one part ends and the next begins is when tokvm's event about it arrived, by the same
-clock, so that the parts add up to the total. Without the events, tokvm's own figures stand and boot is the rest.
+clock, so that the parts add up to the total; a cutover that morphs nothing has no such part. Without the events, tokvm's own figures stand and boot is the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 
 from tokvm.core.units import format_bytes, format_duration
 from tokvm.lab.command import Event
 
-PARTS = ("stop", "delta", "start", "boot")
+MEASURED = ("stop", "delta", "morph", "start")
+PARTS = (*MEASURED, "boot")
+OPTIONAL = frozenset({"morph"})
 
 
 class LabOutcome(StrEnum):
@@ -28,7 +30,8 @@ class LabOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class GuestReport:
-    """One guest's migration. ledger: acknowledged and lost, with what was seen of the records besides."""
+    """One guest's migration. ledger: acknowledged and lost, with what was seen of the records besides. predicted: the downtime as
+    tokvm expected it right before the stop, `total` and parts. rehearsal: what `tokvm rehearse` said; empty without one."""
 
     guest: str
     source: str
@@ -38,6 +41,8 @@ class GuestReport:
     target: dict[str, object]
     outcome: LabOutcome
     reason: str = ""
+    predicted: dict[str, float] = field(default_factory=dict)
+    rehearsal: dict[str, object] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -48,17 +53,17 @@ def downtime(last: float, first: float, events: Sequence[Event], own: dict[str, 
     total = first - last
     ends = {str(event.fields.get("part")): event.at for event in events if event.name == "downtime"}
     parts: dict[str, float] = {}
-    if all(part in ends for part in ("stop", "delta", "start")):
+    if all(part in ends for part in MEASURED if part not in OPTIONAL):
         before = last
-        for part in ("stop", "delta", "start"):
+        for part in (part for part in MEASURED if part in ends):
             end = min(max(ends[part], before), first)
             parts[part] = end - before
             before = end
         parts["boot"] = first - before
     else:
-        parts = {part: own.get(part, 0.0) for part in ("stop", "delta", "start")}
+        parts = {part: own.get(part, 0.0) for part in MEASURED if part in own or part not in OPTIONAL}
         parts["boot"] = max(0.0, total - sum(parts.values()))
-    return {"total": round(total, 3), **{part: round(parts[part], 3) for part in PARTS}}
+    return {"total": round(total, 3), **{part: round(parts[part], 3) for part in PARTS if part in parts}}
 
 
 def combined(source: str, reports: Sequence[GuestReport], shape: dict[str, object]) -> dict[str, object]:
@@ -89,12 +94,18 @@ def _count(report: GuestReport, key: str) -> int:
 def as_text(report: GuestReport) -> str:
     """For a person."""
     lines = [f"{report.guest}: {report.outcome}" + (f": {report.reason}" if report.reason else "")]
+    if report.rehearsal:
+        lines.append(
+            f"  rehearsal {report.rehearsal.get('verdict')}, by {report.rehearsal.get('way')}: {report.rehearsal.get('why')}"
+        )
     for one in report.passes:
         size, seconds = _number(one.get("bytes")), _number(one.get("seconds"))
         lines.append(f"  pass      {one.get('kind', '?')!s:<6} {format_bytes(size):>9}  {format_duration(seconds)}")
     if report.downtime_s:
-        parts = ", ".join(f"{part} {format_duration(report.downtime_s[part])}" for part in PARTS)
+        parts = ", ".join(f"{part} {format_duration(report.downtime_s[part])}" for part in PARTS if part in report.downtime_s)
         lines.append(f"  downtime  {format_duration(report.downtime_s['total'])} seen from outside ({parts})")
+    if report.predicted:
+        lines.append(f"  predicted {format_duration(report.predicted['total'])} right before the stop")
     if report.ledger:
         lines.append(f"  ledger    {report.ledger['acknowledged']} writes acknowledged, {report.ledger['lost']} lost")
     if report.target:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tokvm.lab import home as homes
 from tokvm.lab.clock import OutsideClock
+from tokvm.lab.errors import LabError
 from tokvm.lab.home import LabRecord
 from tokvm.lab.keeper import start_keeper
 from tokvm.lab.libvirtd import ensure_libvirt
@@ -47,6 +48,10 @@ def silent(_text: str) -> None:
 def run(settings: LabSettings, *, folder: Path | None = None, keep: bool = False, progress: Progress = silent) -> LabReport:
     """Once, from nothing to the report. Nothing is left behind unless `keep`; then `down` takes it away."""
     began = time.monotonic()
+    if not settings.boots:
+        raise LabError(
+            f"a {settings.guest} never boots, so its move cannot be watched", fix="tokvm lab up, then try it by hand"
+        )
     place = homes.new_home(folder)
     try:
         with _clock(place) as clock, _living(place, settings, clock, progress) as lab:
@@ -58,6 +63,7 @@ def run(settings: LabSettings, *, folder: Path | None = None, keep: bool = False
             progress("taking the lab down")
             homes.take_down(place)
     shape: dict[str, object] = {
+        "guest": settings.guest,
         "guests": settings.guests,
         "disk_size": settings.disk_size,
         "write_rate": settings.write_rate,
@@ -82,7 +88,7 @@ def up(settings: LabSettings, *, folder: Path | None = None, progress: Progress 
         if settings.shaped:
             port = start_keeper(place, "link", str(host.sshd.port), str(settings.link_rate or 0), str(settings.rtt_s))
         record = _record(place, host, machines, settings, progress, port=port)
-        for one in machines:
+        for one in machines if settings.boots else ():
             progress(f"starting {one.name}")
             host.start(one.name)
     except BaseException:

@@ -3,25 +3,53 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
 
 from tokvm.core.units import KiB, MiB
+from tokvm.guest.base import Way
+from tokvm.lab.debian_guest import DEFAULT_SIZE as DEBIAN_SIZE
 from tokvm.lab.errors import LabError
 
 SOURCES = ("xenserver", "hyperv", "esxi", "esxi-vmfs5", "esxi-locked", "vcenter", "vcenter-api")
 
 
+class GuestKind(StrEnum):
+    """What runs in the lab's VMs. The `no-virtio` ones need a morph to boot on KVM's own hardware. WINDOWS_PHONY is looked at and
+    morphed as a Windows, but never boots."""
+
+    MINI = "mini"
+    MINI_NO_VIRTIO = "mini-no-virtio"
+    DEBIAN_NO_VIRTIO = "debian-no-virtio"
+    WINDOWS_PHONY = "windows-phony"
+
+
+DISK_SIZES = {
+    GuestKind.MINI: 256 * MiB,
+    GuestKind.MINI_NO_VIRTIO: 256 * MiB,
+    GuestKind.DEBIAN_NO_VIRTIO: DEBIAN_SIZE,
+    GuestKind.WINDOWS_PHONY: 256 * MiB,
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabSettings:
     """write_rate: bytes/s that each guest's background writer makes. link_rate: bytes/s between source and tokvm, None for
-    as fast as loopback; rtt_s: added to each round trip. passes: base and deltas before the cutover's final delta."""
+    as fast as loopback; rtt_s: added to each round trip. passes: base and deltas before the cutover's final delta. disk_size: 0 for
+    what the guest needs. rehearse: sync, rehearse, cut over, instead of migrate; way: how the cutover has to make the guest
+    boot, None for the rehearsal's best. pictures: a folder for what the rehearsals saw."""
 
     source: str = "xenserver"
     guests: int = 1
-    disk_size: int = 256 * MiB
+    guest: GuestKind = GuestKind.MINI
+    disk_size: int = 0
     write_rate: int = 256 * KiB
     link_rate: float | None = None
     rtt_s: float = 0.0
     passes: int = 3
+    rehearse: bool = False
+    way: Way | None = None
+    pictures: Path | None = None
     boot_timeout_s: float = 300.0
     migrate_timeout_s: float = 1800.0
 
@@ -40,6 +68,18 @@ class LabSettings:
         ]
         if wrong:
             raise LabError(f"the lab cannot have {', '.join(wrong)}")
+        if not self.disk_size:
+            object.__setattr__(self, "disk_size", DISK_SIZES[self.guest])
+
+    @property
+    def staged(self) -> bool:
+        """Whether guests are moved by sync and cutover, not by migrate."""
+        return self.rehearse or self.way is not None
+
+    @property
+    def boots(self) -> bool:
+        """Whether the guests run."""
+        return self.guest is not GuestKind.WINDOWS_PHONY
 
     @property
     def shaped(self) -> bool:

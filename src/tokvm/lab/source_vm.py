@@ -12,6 +12,8 @@ A snapshot freezes layer k of every disk at one moment and puts an empty layer k
 of `blockdev-snapshot-sync` (all disks are drained and flushed before the first is switched), else by `qemu-img create`. Layers
 are never merged; `drop` only forgets the name. Frozen layers never change, so they can be read while the guest runs.
 
+A guest starts from its kernel and initrd, kept as vmlinuz and initrd.img, or by its BIOS from disk 0 (a BiosGuest).
+
 The disks are IDE with a write-back cache and true flushes: what the guest has synced is on the host's disk.
 """
 
@@ -31,7 +33,7 @@ from typing import BinaryIO
 
 from tokvm.core.units import MiB
 from tokvm.lab.errors import LabError
-from tokvm.lab.guest_image import GuestImage
+from tokvm.lab.guest_image import BiosGuest, GuestImage
 from tokvm.lab.programs import run_program
 from tokvm.lab.qemu_process import Intent, QemuProcess, VmStatus
 from tokvm.lab.qmp import QmpError
@@ -46,13 +48,15 @@ _NAMESPACE = uuid.UUID("8f0c2a0a-6a3e-4a53-8d0b-5e8c0f6b1b77")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmConfig:
+    """`command_line`: the kernel's; None when BIOS and boot loader start the guest."""
+
     name: str
     uuid: str
     macs: tuple[str, ...]
     memory: int
     vcpus: int
     accel: str
-    command_line: str
+    command_line: str | None
     sizes: tuple[int, ...]
 
 
@@ -88,7 +92,7 @@ class SourceVm:
         state_dir: Path,
         *,
         name: str,
-        guest: GuestImage,
+        guest: GuestImage | BiosGuest,
         data_disks: Sequence[Path] = (),
         extra_words: str = "",
         memory: int = 256 * MiB,
@@ -98,7 +102,7 @@ class SourceVm:
         macs: Sequence[str] | None = None,
     ) -> SourceVm:
         """Copy the guest's disks into `state_dir` and note what the VM is. `extra_words` go to the kernel's command line (see
-        GuestSettings.kernel_words). uuid and MAC follow from the directory and name unless given."""
+        GuestSettings.kernel_words) where there is one. uuid and MAC follow from the directory and name unless given."""
         if len(data_disks) + 1 > MAX_DISKS:
             raise LabError(f"{len(data_disks) + 1} disks", fix=f"a lab VM has at most {MAX_DISKS}")
         state_dir.mkdir(parents=True, exist_ok=True)
@@ -109,8 +113,11 @@ class SourceVm:
                 package="coreutils",
                 timeout_s=3600,
             )
-        shutil.copyfile(guest.kernel, state_dir / "vmlinuz")
-        shutil.copyfile(guest.initrd, state_dir / "initrd.img")
+        command_line = None
+        if isinstance(guest, GuestImage):
+            command_line = f"{guest.command_line} {extra_words}".strip()
+            shutil.copyfile(guest.kernel, state_dir / "vmlinuz")
+            shutil.copyfile(guest.initrd, state_dir / "initrd.img")
         identity = vm_uuid or str(uuid.uuid5(_NAMESPACE, f"{state_dir.absolute()} {name}"))
         config = VmConfig(
             name=name,
@@ -119,7 +126,7 @@ class SourceVm:
             memory=memory,
             vcpus=vcpus,
             accel=accel,
-            command_line=f"{guest.command_line} {extra_words}".strip(),
+            command_line=command_line,
             sizes=tuple(disk.stat().st_size for disk in disks),
         )
         _replace_json(state_dir / "layers.json", asdict(Layers()))
@@ -304,8 +311,10 @@ class SourceVm:
             *("-m", str(config.memory // MiB), "-smp", str(config.vcpus), "-nodefaults", "-no-user-config", "-no-reboot"),
             *("-display", "none", "-vga", "none"),
             *("-chardev", "file,id=serial,path=serial.log,append=on", "-serial", "chardev:serial"),
-            *("-kernel", str(self.dir / "vmlinuz"), "-initrd", str(self.dir / "initrd.img"), "-append", config.command_line),
         ]
+        if config.command_line is not None:
+            argv += ["-kernel", str(self.dir / "vmlinuz"), "-initrd", str(self.dir / "initrd.img")]
+            argv += ["-append", config.command_line]
         for disk in range(self.disks):
             node, top = _node(disk, layers.active), layers.active
             options = {

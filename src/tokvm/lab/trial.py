@@ -1,6 +1,6 @@
 """Migrate a lab's guests with the real command, and judge what came of it from outside.
 
-tokvm migrate ─► target boots ─► ledger checked, new writes acknowledged ─► tokvm finish ─► the source off, no snapshots left
+move (moving.py) ─► target boots ─► ledger checked, new writes acknowledged ─► tokvm finish ─► the source off, no snapshots left
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from pathlib import Path
 
 from tokvm.core.errors import TokvmError
 from tokvm.lab.clock import Boot, OutsideClock
-from tokvm.lab.command import Event, Finished, finish_argv, migrate_argv, run_tokvm, target_folder
+from tokvm.lab.command import Event, Finished, finish_argv, run_tokvm, target_folder
 from tokvm.lab.errors import LabError
 from tokvm.lab.home import LabRecord
 from tokvm.lab.machines import LabMachine
+from tokvm.lab.moving import Move, Moved, move, predicted
 from tokvm.lab.played import LabHost
 from tokvm.lab.report import GuestReport, LabOutcome, downtime
 from tokvm.lab.settings import LabSettings
@@ -53,23 +54,25 @@ def migrate_all(lab: Lab, settings: LabSettings, progress: Progress) -> list[Gue
 
 
 def _migrate(lab: Lab, machine: LabMachine, settings: LabSettings, progress: Progress) -> GuestReport:
-    known = frozenset(boot.id for boot in lab.clock.boots(machine.name))
     target_folder(lab.folder, machine.name).mkdir(mode=0o700)
-    argv = migrate_argv(lab.record, lab.folder, machine.name, passes=settings.passes)
-    progress(f"{machine.name}: tokvm {' '.join(argv[:3])} …")
     try:
-        done = run_tokvm(
-            argv,
-            lab.folder,
-            timeout_s=settings.migrate_timeout_s,
-            on_event=lambda event: _tell(machine.name, event, progress),
+        moved = move(
+            Move(
+                lab.folder,
+                lab.record,
+                lab.clock,
+                settings,
+                machine.name,
+                say=lambda text: progress(f"{machine.name}: {text}"),
+                tell=lambda event: _tell(machine.name, event, progress),
+            )
         )
-        if done.code != 0:
-            return _failed(lab, machine, done)
-        boot = lab.clock.wait_ready(machine.name, timeout_s=settings.boot_timeout_s, known=known)
+        if moved.done.code != 0:
+            return _failed(lab, machine, moved)
+        boot = lab.clock.wait_ready(machine.name, timeout_s=settings.boot_timeout_s, known=moved.known)
         progress(f"{machine.name}: lives on the target, root is {boot.root}")
         _wait_for_new_writes(lab.clock, machine.name, boot, timeout_s=settings.boot_timeout_s)
-        report = _report(lab, machine, done, boot, known)
+        report = _report(lab, machine, moved, boot)
         finished = run_tokvm(finish_argv(lab.folder, machine.name), lab.folder, timeout_s=settings.migrate_timeout_s)
     except TokvmError as exc:
         return _failure(lab, machine, str(exc))
@@ -86,8 +89,9 @@ def _wait_for_new_writes(clock: OutsideClock, guest: str, boot: Boot, *, timeout
         raise LabError(f"{guest} writes but shows no heartbeat")
 
 
-def _report(lab: Lab, machine: LabMachine, done: Finished, boot: Boot, known: frozenset[str]) -> GuestReport:
-    beats = [lab.clock.last_heartbeat(one) for one in known]
+def _report(lab: Lab, machine: LabMachine, moved: Moved, boot: Boot) -> GuestReport:
+    done = moved.done
+    beats = [lab.clock.last_heartbeat(one) for one in moved.known]
     last = max((beat for beat in beats if beat is not None), default=None)
     first = lab.clock.first_heartbeat(boot.id)
     if last is None or first is None:
@@ -110,6 +114,8 @@ def _report(lab: Lab, machine: LabMachine, done: Finished, boot: Boot, known: fr
         target={"domain": machine.name, "libvirt": lab.record.libvirt, "state": "running", "root": boot.root},
         outcome=LabOutcome.MIGRATED if intact else LabOutcome.LOST_WRITES,
         reason="" if intact else "; ".join(troubles) or "the target's ledger is not what was acknowledged",
+        predicted=predicted(moved),
+        rehearsal=moved.rehearsal,
     )
 
 
@@ -146,8 +152,10 @@ def _worse(report: GuestReport, reason: str) -> GuestReport:
     return replace(report, outcome=LabOutcome.FAILED, reason=reason)
 
 
-def _failed(lab: Lab, machine: LabMachine, done: Finished) -> GuestReport:
-    return _failure(lab, machine, f"tokvm ended with {done.code}: {_error(done)}", _passes(done.document))
+def _failed(lab: Lab, machine: LabMachine, moved: Moved) -> GuestReport:
+    done = moved.done
+    report = _failure(lab, machine, f"tokvm ended with {done.code}: {_error(done)}", _passes(done.document))
+    return replace(report, rehearsal=moved.rehearsal)
 
 
 def _failure(lab: Lab, machine: LabMachine, reason: str, passes: tuple[dict[str, object], ...] = ()) -> GuestReport:
@@ -160,6 +168,8 @@ def _error(done: Finished) -> str:
     error = done.document.get("error")
     if isinstance(error, dict):
         return " ".join(str(error.get(key, "")) for key in ("where", "what", "fix"))
+    if "works" in done.document:
+        return f"the rehearsal did not boot: {done.document.get('why')}"
     return "\n".join(done.messages)
 
 

@@ -145,8 +145,9 @@ class Morpher(Protocol):
         """Change the target's disks. A second call begins from the synced bytes again."""
         ...
 
-    def undo(self) -> None:
-        """The disks hold exactly the last synced bytes again; nothing to undo is success."""
+    def undo(self) -> bool:
+        """The morph's changes are gone; nothing to undo is success. True: the disks hold exactly the last synced bytes again.
+        False: somebody else wrote to them as well, or that cannot be told."""
         ...
 
     def release(self) -> None:

@@ -149,7 +149,8 @@ class Migration:
                 if work.phase is not Phase.ROLLBACK_INTENT:
                     _may_roll_back(work, accept_data_loss=accept_data_loss)
                     work.advance(Event.ROLL_BACK, "asked for" + (", data loss accepted" if accept_data_loss else ""))
-                roll_back(work)
+                with _released(self._doors.morpher):
+                    roll_back(work)
             return self.status()
 
     def finish(self) -> FinishReport:

@@ -88,6 +88,13 @@ class Work:
             self._plan = self.doors.plan()
         return self._plan
 
+    def undo_morph(self) -> None:
+        """Take the morph off the disks. Where that is not known to have been exact, they can no longer be built upon."""
+        morpher = self.doors.morpher
+        if morpher is not None and not morpher.undo():
+            self.note("somebody else wrote to the copied disks since the morph: they are copied anew")
+            self.book.void_passes()
+
     def sleep(self, seconds: float) -> None:
         self.doors.clock.sleep(seconds)
 

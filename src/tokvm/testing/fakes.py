@@ -526,8 +526,9 @@ class FakeMorpher:
     def morph(self, plan: DomainPlan) -> None:
         self.world.call("morph", lambda: setattr(self.world, "morphed", True), lost=TargetError)
 
-    def undo(self) -> None:
+    def undo(self) -> bool:
         self.world.call("morph.undo", lambda: setattr(self.world, "morphed", False), lost=TargetError)
+        return True
 
     def release(self) -> None: ...
 

@@ -20,8 +20,7 @@ def final(work: Work) -> None:
     if not require_off(work):
         return
     work.step("copy the last delta")
-    if work.doors.morpher is not None:
-        work.doors.morpher.undo()
+    work.undo_morph()
     vm = work.vm
     if vm is None:
         vm = survey(work)

@@ -22,8 +22,7 @@ def roll_back(work: Work) -> None:
     """ROLLBACK_INTENT: to ROLLED_BACK."""
     work.step("take the target away")
     _remove_target(work)
-    if work.doors.morpher is not None:
-        work.doors.morpher.undo()
+    work.undo_morph()
     work.step("start the source")
     _wait_for_late_stop(work)
     source = work.doors.source

@@ -84,7 +84,8 @@ class Machines:
             return known
         found = [row for row in self.rows() if row.uuid == uuid]
         if not found:
-            raise UsageError(f"there is no VM {uuid}", where=self._client.where, fix="see `tokvm ls`")
+            elsewhere = "" if self._client.is_vcenter else "; in a cluster, name the host that runs it, or its vCenter"
+            raise UsageError(f"there is no VM {uuid}", where=self._client.where, fix=f"see `tokvm ls`{elsewhere}")
         if len(found) > 1:
             names = ", ".join(f"{readable(row.name, limit=60)!r} ({row.ref._GetMoId()})" for row in found)
             raise SourceError(

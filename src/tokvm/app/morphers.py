@@ -1,0 +1,126 @@
+"""The morph of a cutover: what a rehearsal planned, replayed on the synced disks through a MorphStore.
+
+prepare   the source runs: does the guest still fit the plan? then an appliance is launched over empty overlays
+morph     the last delta is on the disks: the plan into the overlays, undo log, commit
+undo      the exact last synced bytes again
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokvm.app.ways import Replay
+from tokvm.core.errors import TokvmError
+from tokvm.domain.base import DomainPlan
+from tokvm.guest import linux_micro
+from tokvm.guest.appliance import Appliance
+from tokvm.guest.base import GuestDisk, GuestError, OsFamily, Way
+from tokvm.guest.morph_record import MorphState
+from tokvm.guest.morph_store import MorphStore, Undone
+
+log = logging.getLogger(__name__)
+
+Note = Callable[[str], None]
+Convert = Callable[[tuple[GuestDisk, ...]], object]
+"""virt-v2v-in-place on these overlays."""
+
+
+def micro_of(family: str) -> Any:
+    """The module that plans and applies micro-morphs of this family (`plan`, `check`, `apply` of the same shape)."""
+    if family != OsFamily.WINDOWS:
+        return linux_micro
+    from tokvm.guest.windows import micro
+
+    return micro
+
+
+@dataclass(slots=True)
+class WayMorpher:
+    """A Morpher for the ways that look at, or change, the guest's disks.
+
+    store: over the target's disks. folder: where the rehearsal kept the segment, the kernel, the drivers. tcg: KVM does not
+    work here. convert: for VIRT_V2V.
+    """
+
+    replay: Replay
+    store: MorphStore
+    folder: Path
+    tcg: bool
+    note: Note
+    convert: Convert | None = None
+    _appliance: Appliance | None = field(default=None, init=False)
+
+    def prepare(self, plan: DomainPlan) -> None:
+        self.release()
+        if self.replay.micro is not None:
+            self._refuse_changed()
+        if self.replay.way is Way.MICRO:
+            self._launch_ahead()
+
+    def morph(self, plan: DomainPlan) -> None:
+        if self.replay.way is Way.MICRO:
+            self._micro()
+        elif self.replay.way is Way.VIRT_V2V:
+            self._convert()
+
+    def undo(self) -> bool:
+        if self._appliance is not None and self.store.state() is MorphState.OVERLAYS:
+            return True  # nothing was written: the appliance waits for the last delta
+        return self.store.undo() is not Undone.TOUCHED
+
+    def release(self) -> None:
+        appliance, self._appliance = self._appliance, None
+        if appliance is not None:
+            with suppress(TokvmError):
+                appliance.abandon()
+            with suppress(TokvmError):
+                self.store.undo()
+        self.store.close()
+
+    def forget(self) -> None:
+        with closing(self.store):
+            self.store.forget()
+
+    def _refuse_changed(self) -> None:
+        """The guest as of the last pass, in an appliance of its own that keeps nothing: a kernel that was installed since the
+        rehearsal is found while the source runs, not in the downtime."""
+        module = micro_of(self.replay.family)
+        with Appliance.launch(self.store.disks, readonly=True, tcg=self.tcg) as appliance:
+            module.check(appliance, module.MicroPlan.parse(self.replay.micro))
+
+    def _launch_ahead(self) -> None:
+        """Booting the appliance is most of a micro-morph's time, so it is done before the stop. Its overlays stay empty until
+        the last delta has gone below them."""
+        overlays = self.store.begin(shared=True)
+        appliance = Appliance.launch(overlays, readonly=False, tcg=self.tcg)
+        self._appliance = appliance
+        module = micro_of(self.replay.family)
+        module.ready(appliance, module.MicroPlan.parse(self.replay.micro))
+
+    def _micro(self) -> None:
+        module = micro_of(self.replay.family)
+        plan = module.MicroPlan.parse(self.replay.micro)
+        appliance, self._appliance = self._appliance, None
+        begun = time.monotonic()
+        if appliance is None:
+            appliance = Appliance.launch(self.store.begin(), readonly=False, tcg=self.tcg)
+        else:
+            self.store.renew()
+            appliance.forget()
+        with appliance:
+            module.apply(appliance, plan, self.folder)
+        applied = time.monotonic()
+        self.store.commit()
+        log.info("micro-morph: %.2f s in the appliance, %.2f s to commit", applied - begun, time.monotonic() - applied)
+
+    def _convert(self) -> None:
+        if self.convert is None:
+            raise GuestError("virt-v2v was not set up for this cutover", fix="rehearse by --way virt-v2v first")
+        self.convert(self.store.begin())
+        self.store.commit()

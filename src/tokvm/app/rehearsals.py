@@ -1,0 +1,268 @@
+"""tokvm rehearse: morph and boot a throw-away overlay of the synced disks while the source runs.
+
+    last whole pass ─► overlays ─► inspect ─► judge ─► for each way, best first:
+        morph on the overlays (timed) ─► boot on an isolated network ─► sign of life? ─► picture
+    ─► everything removed, the result and what a cutover replays in the journal
+
+The migration is locked meanwhile: the disks below the overlays stand still, and the next sync pass goes on afterwards.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+from tokvm.app.morphers import Convert, micro_of
+from tokvm.app.ways import Replay, by_way, hardware_of
+from tokvm.core.errors import TokvmError, UsageError
+from tokvm.core.machine import Severity
+from tokvm.domain.base import PROOFS, DomainPlan, LifeSigns, Outcome
+from tokvm.guest.appliance import Appliance
+from tokvm.guest.base import GuestDisk, GuestFacts, Judgement, OsFamily, Way
+from tokvm.guest.inspection import inspect
+from tokvm.guest.kernel_way import kernel_way
+from tokvm.guest.morph_store import MorphStore
+from tokvm.guest.verdict import judge
+from tokvm.migration.book import Book
+from tokvm.migration.doors import Observer
+from tokvm.migration.phases import Phase
+from tokvm.migration.rounds import newest_done, rounds_of, unfinished
+
+log = logging.getLogger(__name__)
+
+REHEARSED = (Way.NONE, Way.MICRO, Way.KERNEL, Way.COMPATIBLE, Way.VIRT_V2V)
+
+
+class Boots(Protocol):
+    """Boots the overlays once, in isolation, and takes everything away again."""
+
+    def __call__(self, plan: DomainPlan, overlays: tuple[str, ...], /) -> LifeSigns: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RehearsalWishes:
+    """way: this one only. root: libguestfs' name of the system meant. virtio_win: the operator's drivers for Windows. serial: a
+    line that proves life (regular expression; None: a login prompt). deadline_s: how long a boot may take to show it."""
+
+    way: Way | None = None
+    root: str | None = None
+    virtio_win: str | None = None
+    serial: str | None = None
+    deadline_s: float = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What a rehearsal works with. folder: of this migration's rehearsals, kept; store: the throw-away overlays."""
+
+    book: Book
+    plan: DomainPlan
+    store: MorphStore
+    folder: Path
+    tcg: bool
+    observer: Observer
+    boots: Boots
+    convert: Convert | None = None
+    loader_of: Callable[[GuestFacts], str] = field(default=lambda _facts: "")
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One way tried. timings: seconds (`morph`, `boot`); why: of a failure, or what showed life."""
+
+    way: Way
+    works: bool
+    why: str
+    timings: dict[str, float]
+    replay: Replay
+    sign: str = ""
+    picture: str = ""
+
+    def to_dict(self) -> dict[str, object]:
+        return {"way": self.way, "works": self.works, "why": self.why, "timings": self.timings}
+
+
+def require_frozen(book: Book) -> None:
+    """Between passes only: in the middle of one the disks are of two moments."""
+    phase, rounds = book.phase, rounds_of(book)
+    if phase not in (Phase.COPY, Phase.ROLLED_BACK):
+        raise UsageError(f"a cutover is under way or done (phase {phase})", where=book.id, fix="rehearse before the cutover")
+    if newest_done(rounds) is None or unfinished(rounds) is not None:
+        raise UsageError(
+            "its disks are not all of one moment: no pass is whole yet, or one was interrupted",
+            where=book.id,
+            fix="run `tokvm sync` until it is done, then rehearse",
+        )
+
+
+class Rehearser:
+    """One rehearsal of one migration."""
+
+    def __init__(self, stage: Stage, wishes: RehearsalWishes) -> None:
+        self._stage = stage
+        self._wishes = wishes
+        self._number = len(stage.book.rehearsals()) + 1
+        self._timings: dict[str, float] = {}
+
+    def run(self) -> dict[str, object]:
+        """The document, as it is kept in the journal. TokvmError: nothing is known of the guest, nothing is kept."""
+        require_frozen(self._stage.book)
+        self._stage.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _cleared(self._stage.store):
+            facts, judgement = self._look()
+            attempts = [*self._attempts(facts, judgement)]
+        document = self._document(facts, judgement, attempts)
+        best = attempts[-1] if attempts else None
+        self._stage.book.rehearsed(best.way if best else "", document, works=best is not None and best.works)
+        return document
+
+    # ---- looking
+
+    def _look(self) -> tuple[GuestFacts, Judgement]:
+        self._step("inspect the guest")
+        begun = time.monotonic()
+        overlays = self._stage.store.begin()
+        with Appliance.launch(overlays, readonly=False, tcg=self._stage.tcg) as appliance:
+            facts = inspect(appliance, root=self._wishes.root)
+        self._timings["inspection"] = _since(begun)
+        judgement = judge(
+            facts,
+            len(self._stage.store.disks),
+            firmware=self._stage.plan.vm.firmware,
+            windows_drivers=bool(self._wishes.virtio_win),
+            virt_v2v=self._stage.convert is not None,
+        )
+        self._stage.observer.note(f"{facts.product or facts.family}: {judgement.verdict} ({judgement.why})")
+        for finding in judgement.findings:
+            self._stage.observer.note(f"{finding.severity}: {finding.what}" + (f" ({finding.fix})" if finding.fix else ""))
+        return facts, judgement
+
+    def _ways(self, judgement: Judgement) -> tuple[Way, ...]:
+        """A way that was asked for is tried even where the judgement does not propose it."""
+        if self._wishes.way is not None:
+            return (self._wishes.way,)
+        blocked = any(finding.severity is Severity.BLOCKER for finding in judgement.findings)
+        return () if blocked and not judgement.ways else tuple(way for way in judgement.ways if way in REHEARSED)
+
+    def _attempts(self, facts: GuestFacts, judgement: Judgement) -> Iterator[Attempt]:
+        """Each way until one works; the last attempt is the result."""
+        for way in self._ways(judgement):
+            attempt = self._try(way, facts, judgement)
+            yield attempt
+            if attempt.works:
+                return
+            self._stage.observer.note(f"way {way}: does not work: {attempt.why}")
+
+    # ---- one way
+
+    def _try(self, way: Way, facts: GuestFacts, judgement: Judgement) -> Attempt:
+        self._step(f"morph an overlay by the way {way}")
+        bus, nic = hardware_of(way, judgement)
+        draft = Replay(
+            way,
+            family=facts.family,
+            windows=facts.family is OsFamily.WINDOWS,
+            boot_disk=facts.boot_disk,
+            bus=bus,
+            nic=nic,
+            root=facts.root,
+            loader=self._stage.loader_of(facts),
+            mounts=facts.mounts,
+        )
+        timings: dict[str, float] = {}
+        try:
+            draft, timings["morph"] = self._morph(way, facts, draft)
+            return self._boot(way, draft, timings)
+        except TokvmError as failed:
+            log.info("rehearsal by %s failed: %s", way, failed)
+            return Attempt(way, works=False, why=failed.what, timings=timings, replay=draft)
+
+    def _morph(self, way: Way, facts: GuestFacts, draft: Replay) -> tuple[Replay, float]:
+        """The overlays as the cutover would leave the disks, and the seconds that it would spend on it in the downtime."""
+        if way not in (Way.MICRO, Way.KERNEL, Way.VIRT_V2V):
+            self._stage.store.begin()
+            return draft, 0.0
+        overlays = self._stage.store.begin()
+        if way is Way.VIRT_V2V:
+            return draft, self._convert(overlays)
+        with Appliance.launch(overlays, readonly=way is Way.KERNEL, tcg=self._stage.tcg) as appliance:
+            module = micro_of(facts.family)
+            if way is Way.KERNEL:
+                files = kernel_way(appliance, facts, self._stage.folder)
+                kernel = {"image": str(files.kernel), "initrd": str(files.initrd), "cmdline": files.cmdline}
+                return replace(draft, kernel=kernel), 0.0
+            plan = module.plan(appliance, facts, self._stage.folder)
+            appliance.forget()
+            begun = time.monotonic()
+            module.apply(appliance, plan, self._stage.folder)
+        return replace(draft, micro=plan.as_json()), _since(begun)
+
+    def _convert(self, overlays: tuple[GuestDisk, ...]) -> float:
+        if self._stage.convert is None:
+            raise UsageError("virt-v2v-in-place is not installed here", fix="install virt-v2v, or choose another --way")
+        begun = time.monotonic()
+        self._stage.convert(overlays)
+        return _since(begun)
+
+    def _boot(self, way: Way, replay: Replay, timings: dict[str, float]) -> Attempt:
+        self._step("boot the overlay on an isolated network")
+        overlays = tuple(layer.path for layer in self._stage.store.trial())
+        seen = self._stage.boots(by_way(self._stage.plan, replay), overlays)
+        works = seen.outcome is Outcome.ALIVE
+        if works:
+            timings["boot"] = round(seen.after_s, 3)
+        picture = self._keep_picture(seen.picture, way)
+        proof = next((one.sign for one in seen.signs if one.sign in PROOFS), "") if works else ""
+        return Attempt(way, works, seen.why, timings, replay, proof, picture)
+
+    def _keep_picture(self, taken: Path | None, way: Way) -> str:
+        if taken is None:
+            return ""
+        return str(taken.replace(self._stage.folder / f"rehearsal-{self._number}-{way}.png"))
+
+    # ---- the result
+
+    def _document(self, facts: GuestFacts, judgement: Judgement, attempts: Sequence[Attempt]) -> dict[str, object]:
+        best = attempts[-1] if attempts else None
+        timings = {**self._timings, **(best.timings if best else {})}
+        return {
+            "verdict": judgement.verdict,
+            "verdicts": list(judgement.disks),
+            "works": best is not None and best.works,
+            "why": best.why if best else judgement.why,
+            "way": best.way if best else "",
+            "ways": list(judgement.ways),
+            "guest": {"product": facts.product, "distro": facts.distro, "arch": facts.arch, "root": facts.root},
+            "findings": [{"severity": f.severity, "what": f.what, "fix": f.fix} for f in judgement.findings],
+            "attempts": [attempt.to_dict() for attempt in attempts],
+            "screenshot": best.picture if best else "",
+            "timings": timings,
+            "proof": {"sign": best.sign if best else "", "seconds": timings.get("boot")},
+            "replay": best.replay.to_json() if best and best.works else None,
+        }
+
+    def _step(self, name: str) -> None:
+        self._stage.observer.step(name)
+
+
+@contextmanager
+def _cleared(store: MorphStore) -> Iterator[None]:
+    """Overlays go, whatever happens; the disks below were never written to."""
+    try:
+        yield
+    finally:
+        try:
+            store.undo()
+            shutil.rmtree(store.folder, ignore_errors=True)
+        finally:
+            store.close()
+
+
+def _since(begun: float) -> float:
+    return round(time.monotonic() - begun, 3)

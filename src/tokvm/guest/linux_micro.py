@@ -1,0 +1,284 @@
+"""The Linux micro-morph: an initramfs that finds KVM's disks, without running anything of the guest.
+
+    plan    before the cutover, on any state of the disks: which initramfs gets which segment, and what they look like now
+    ready   in a launched appliance that waits for the last delta: whatever can be done before it
+    apply   inside the downtime: look that all is as planned, copy beside, append, sync, rename
+
+`apply` checks everything before it writes anything, and finds out for itself what an earlier try has done.
+"""
+
+from __future__ import annotations
+
+import logging
+import posixpath
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from tokvm.core.text import readable
+from tokvm.core.units import KiB, MiB, format_bytes
+from tokvm.guest import durable
+from tokvm.guest.appliance import Appliance
+from tokvm.guest.base import GuestError, GuestFacts
+from tokvm.guest.initrd.modules import BUS, DISKS
+from tokvm.guest.linux_initrd import Extended, extend, linux_of, mounted, mounts_that_matter, read_if_there, stamp
+from tokvm.guest.micro_plan import MicroPlan, PlannedFile, PlannedInitrd, link_files, sha256
+
+log = logging.getLogger(__name__)
+
+BESIDE = ".tokvm-new"
+SMALL_FILE = 256 * KiB
+SPARE = 1 * MiB
+CHUNK = 2 * MiB  # libguestfs' messages end at 4 MiB
+MODULES_FILE = "/etc/initramfs-tools/modules"
+_DRIVERS = (BUS, *DISKS)
+_SNIPPETS = {
+    "dracut": ("/etc/dracut.conf.d/tokvm.conf", f'add_drivers+=" {" ".join(_DRIVERS)} "\n'),
+    "mkinitcpio": ("/etc/mkinitcpio.conf.d/tokvm.conf", f"MODULES+=({' '.join(_DRIVERS)})\n"),
+}
+
+
+def plan(appliance: Appliance, facts: GuestFacts, store: Path, *, names: Mapping[str, str] | None = None) -> MicroPlan:
+    """What makes this guest boot from virtio; its segments are put into `store` (a folder of ours), on the medium. Nothing may
+    be mounted. `names`: MAC address → name of the NIC, for those that shall keep one. GuestError when the default kernel's
+    initramfs cannot be extended; other kernels that cannot are `left_out`."""
+    started = time.monotonic()
+    linux = linux_of(facts)
+    mounts = mounts_that_matter(facts.mounts)
+    if not linux.kernels:
+        raise GuestError("no kernel was found in the guest", where=facts.root)
+    initrds, left_out = [], []
+    with mounted(appliance, mounts):
+        for kernel in linux.kernels:
+            try:
+                extended = extend(appliance, kernel, facts.arch)
+            except GuestError as refused:
+                if kernel == linux.default_kernel:
+                    raise
+                left_out.append(f"{kernel.version}: {readable(refused.what)}")
+                continue
+            if extended.segment is not None:
+                initrds.append(_planned(extended, kernel.version, store))
+        files = [*_for_next_time(appliance, linux.generator, needed=bool(initrds)), *_links(appliance, names or {})]
+        folders = {folder: _names(appliance, folder) for folder in _folders(initrds)}
+    return MicroPlan(
+        mounts=_touched(mounts, [*(one.path for one in initrds), *(one.path for one in files)]),
+        initrds=tuple(initrds),
+        files=tuple(files),
+        folders=folders,
+        left_out=tuple(left_out),
+        seconds=round(time.monotonic() - started, 3),
+    )
+
+
+def ready(appliance: Appliance, plan: MicroPlan) -> None:
+    """What `apply` would otherwise wait for: the drivers of the guest's file systems. Call it before `appliance.forget()`.
+
+    It mounts nothing. A mount replays a journal, and what that wrote into an overlay would hide the last delta below it."""
+    with appliance.translated("cannot make the appliance ready"):
+        kinds = {appliance.g.vfs_type(device) for device in plan.mounts.values()}
+        for kind in sorted(kinds):
+            with suppress(RuntimeError):  # built in
+                appliance.g.modprobe(kind)
+
+
+def check(appliance: Appliance, plan: MicroPlan) -> None:
+    """Would `apply` find everything as it was planned? GuestError when not. Nothing is written; nothing may be mounted."""
+    with mounted(appliance, plan.mounts):
+        for one in plan.initrds:
+            _has_segment(appliance, one)
+        for file in plan.files:
+            _has_content(appliance, file)
+        _check_folders(appliance, plan.folders)
+
+
+def apply(appliance: Appliance, plan: MicroPlan, store: Path) -> None:
+    """Do what was planned; twice is the same as once. Nothing may be mounted. GuestError before anything is written when a file
+    is not as it was, a kernel came or went, or there is no room; after that, the disks' overlay is what undoes it."""
+    segments = plan.segments(store)
+    with mounted(appliance, plan.mounts):
+        initrds = [one for one in plan.initrds if not _has_segment(appliance, one)]
+        files = [one for one in plan.files if not _has_content(appliance, one)]
+        _check_folders(appliance, plan.folders)
+        _check_room(appliance, initrds)
+        for file in files:
+            _write_beside(appliance, file)
+        for one in initrds:
+            _append_beside(appliance, one, segments[one.segment])
+            _put_in_place(appliance, [one.path])  # each in its turn: a /boot rarely has room for all of them twice
+        _put_in_place(appliance, [file.path for file in files])
+    with appliance.translated("cannot write the guest's file systems out"):
+        appliance.g.sync()
+    log.info("%d initramfs files extended, %d files written", len(initrds), len(files))
+
+
+def _planned(extended: Extended, version: str, store: Path) -> PlannedInitrd:
+    assert extended.segment is not None
+    content = extended.segment.content
+    digest = sha256(content)
+    name = f"segment-{digest[:16]}.cpio"
+    durable.write_file(store / name, content)
+    return PlannedInitrd(
+        version=version,
+        path=extended.path,
+        size=len(extended.content),
+        mtime_ns=extended.mtime_ns,
+        sha256=sha256(extended.content),
+        offset=extended.segment.offset,
+        segment=name,
+        segment_size=len(content),
+        segment_sha256=digest,
+        added=extended.segment.added,
+    )
+
+
+def _for_next_time(appliance: Appliance, generator: str, *, needed: bool) -> list[PlannedFile]:
+    """What keeps virtio in the initramfs when the guest builds it anew."""
+    if not needed:
+        return []
+    if generator == "initramfs-tools":
+        old = read_if_there(appliance, MODULES_FILE, SMALL_FILE)
+        text = (old or b"").decode("utf-8", "surrogateescape")
+        lines = [name for name in _DRIVERS if name not in text.split()]
+        if not lines:
+            return []
+        ended = text if text.endswith("\n") or not text else f"{text}\n"
+        content = ended + "# added by tokvm: the disks of KVM\n" + "".join(f"{name}\n" for name in lines)
+        return [PlannedFile(MODULES_FILE, content, sha256(old) if old is not None else "")]
+    if generator in _SNIPPETS:
+        return _if_folder(appliance, PlannedFile(*_SNIPPETS[generator]))
+    return []
+
+
+def _links(appliance: Appliance, names: Mapping[str, str]) -> list[PlannedFile]:
+    return [file for one in link_files(names) for file in _if_folder(appliance, one)]
+
+
+def _if_folder(appliance: Appliance, file: PlannedFile) -> list[PlannedFile]:
+    """The file over what is there now; nothing where its folder is missing, for then nobody would read it."""
+    with appliance.translated("cannot look for a folder"):
+        if not appliance.g.is_dir(posixpath.dirname(file.path), followsymlinks=True):
+            return []
+    old = read_if_there(appliance, file.path, SMALL_FILE)
+    return [PlannedFile(file.path, file.content, sha256(old) if old is not None else "")]
+
+
+def _folders(initrds: Iterable[PlannedInitrd]) -> list[str]:
+    return sorted({posixpath.dirname(one.path) for one in initrds})
+
+
+def _names(appliance: Appliance, folder: str) -> tuple[str, ...]:
+    with appliance.translated(f"cannot list {folder!r}"):
+        return tuple(name for name in appliance.g.ls(folder) if not name.endswith(BESIDE))
+
+
+def _touched(mounts: Mapping[str, str], paths: Iterable[str]) -> dict[str, str]:
+    """The root, and the mount points that some of the paths lie on: each one less is time saved in the window."""
+    found = {_mount_of(mounts, path) for path in paths}
+    return {point: device for point, device in mounts.items() if point == "/" or any(_is_below(one, point) for one in found)}
+
+
+def _mount_of(mounts: Mapping[str, str], path: str) -> str:
+    return max((point for point in mounts if _is_below(path, point)), key=len, default="/")
+
+
+def _is_below(path: str, point: str) -> bool:
+    return path == point or path.startswith(point.rstrip("/") + "/")
+
+
+def _changed(what: str, where: str) -> GuestError:
+    return GuestError(f"the guest's boot files changed since the rehearsal: {what}", where=where, fix="rehearse again")
+
+
+def _has_segment(appliance: Appliance, one: PlannedInitrd) -> bool:
+    """False: it is as it was planned. True: an earlier try appended the segment."""
+    size, mtime_ns = stamp(appliance, one.path)
+    if (size, mtime_ns) == (one.size, one.mtime_ns):
+        return False
+    if size == one.new_size and sha256(_tail(appliance, one)) == one.segment_sha256:
+        return True
+    raise _changed(f"{size} bytes of {mtime_ns} ns, not {one.size} of {one.mtime_ns}", one.path)
+
+
+def _tail(appliance: Appliance, one: PlannedInitrd) -> bytes:
+    with appliance.translated(f"cannot read {one.path!r}"):
+        return b"".join(
+            bytes(appliance.g.pread(one.path, min(CHUNK, one.new_size - at), at))
+            for at in range(one.offset, one.new_size, CHUNK)
+        )
+
+
+def _has_content(appliance: Appliance, file: PlannedFile) -> bool:
+    found = read_if_there(appliance, file.path, SMALL_FILE)
+    if found == _encoded(file):
+        return True
+    if (sha256(found) if found is not None else "") != file.old_sha256:
+        raise _changed("this file has other content", file.path)
+    return False
+
+
+def _check_folders(appliance: Appliance, folders: Mapping[str, tuple[str, ...]]) -> None:
+    for folder, names in folders.items():
+        other = set(_names(appliance, folder)).symmetric_difference(names)
+        if other:
+            raise _changed(f"{readable(', '.join(sorted(other)))} came or went", folder)
+
+
+def _check_room(appliance: Appliance, initrds: Iterable[PlannedInitrd]) -> None:
+    """They are copied one after the other, so there is one twice at a time, and all segments in the end."""
+    segments: dict[str, int] = {}
+    largest: dict[str, int] = {}
+    for one in initrds:
+        folder = posixpath.dirname(one.path)
+        segments[folder] = segments.get(folder, 0) + one.segment_size
+        largest[folder] = max(largest.get(folder, 0), one.size)
+    for folder, added in segments.items():
+        size = added + largest[folder] + SPARE
+        with appliance.translated(f"cannot see how much room {folder!r} has"):
+            found = appliance.g.statvfs(folder)
+        free = int(found["bavail"]) * int(found["frsize"])
+        if free < size:
+            raise GuestError(
+                f"{format_bytes(free)} free, {format_bytes(size)} needed for the new initramfs files",
+                where=folder,
+                fix="remove old kernels in the guest, or take another way than micro",
+            )
+
+
+def _append_beside(appliance: Appliance, one: PlannedInitrd, segment: bytes) -> None:
+    new = one.path + BESIDE
+    with appliance.translated(f"cannot write {new!r}"):
+        appliance.g.cp_a(one.path, new)  # with owner, mode and SELinux label
+        _write_at(appliance, new, segment, one.offset)
+    if stamp(appliance, new)[0] != one.new_size:
+        raise _changed("it grew while it was copied", one.path)
+
+
+def _put_in_place(appliance: Appliance, paths: Iterable[str]) -> None:
+    """Content first, then its name."""
+    with appliance.translated("cannot put the new boot files in place"):
+        appliance.g.sync()
+        for path in paths:
+            appliance.g.rename(path + BESIDE, path)
+
+
+def _write_at(appliance: Appliance, path: str, content: bytes, offset: int) -> None:
+    at = 0
+    while at < len(content):
+        at += int(appliance.g.pwrite(path, content[at : at + CHUNK], offset + at))
+
+
+def _write_beside(appliance: Appliance, file: PlannedFile) -> None:
+    new = file.path + BESIDE
+    with appliance.translated(f"cannot write {new!r}"):
+        if file.old_sha256:
+            appliance.g.cp_a(file.path, new)
+        appliance.g.write(new, _encoded(file))
+        if not file.old_sha256:
+            # SELinux' label of new files is their folder's; the appliance has no policy that would say so.
+            appliance.g.copy_attributes(posixpath.dirname(file.path), new, xattributes=True)
+
+
+def _encoded(file: PlannedFile) -> bytes:
+    return file.content.encode("utf-8", "surrogateescape")

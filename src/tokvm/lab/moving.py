@@ -1,0 +1,89 @@
+"""The commands that move one guest of a lab.
+
+    tokvm migrate                                       or, staged:
+    tokvm sync ─► tokvm rehearse (--rehearse) ─► tokvm cutover
+
+A rehearsal's copy must be heard of by nobody: that the outside clock heard nothing of one is looked at here.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokvm.lab.clock import OutsideClock
+from tokvm.lab.command import Event, Finished, cutover_argv, migrate_argv, rehearse_argv, run_tokvm, sync_argv
+from tokvm.lab.errors import LabError
+from tokvm.lab.home import LabRecord
+from tokvm.lab.settings import LabSettings
+
+COPIED = ("verdict", "works", "why", "way", "ways", "screenshot", "predicted_downtime_s", "predicted_parts", "timings", "proof")
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """What a guest's move needs. tell: takes every event of tokvm; say: a line for people."""
+
+    folder: Path
+    record: LabRecord
+    clock: OutsideClock
+    settings: LabSettings
+    name: str
+    say: Callable[[str], None]
+    tell: Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """done: the last command, the one that failed if one did. known: the guest's boots before the cutover."""
+
+    done: Finished
+    known: frozenset[str]
+    rehearsal: dict[str, object] = field(default_factory=dict)
+
+
+def move(move: Move) -> Moved:
+    """Until the target is started, or a command fails."""
+    settings, known = move.settings, _boots(move)
+    if not settings.staged:
+        return Moved(_run(move, migrate_argv(move.record, move.folder, move.name, passes=settings.passes)), known)
+    done = _run(move, sync_argv(move.record, move.folder, move.name, passes=settings.passes))
+    rehearsal: dict[str, object] = {}
+    if done.code == 0 and settings.rehearse:
+        done = _run(move, rehearse_argv(move.folder, move.name, way=settings.way, deadline_s=settings.boot_timeout_s))
+        rehearsal = _copied(move, done.document)
+        if _boots(move) != known:
+            raise LabError("the rehearsal's copy was heard outside: its network is not isolated", where=move.name)
+    if done.code == 0:
+        done = _run(move, cutover_argv(move.folder, move.name, way=settings.way))
+    return Moved(done, known, rehearsal)
+
+
+def predicted(moved: Moved) -> dict[str, float]:
+    """The downtime as tokvm saw it coming, by its last word on it: `total` and parts, in seconds."""
+    for document in (moved.done.document, moved.rehearsal):
+        total, parts = document.get("predicted_downtime_s"), document.get("predicted_parts")
+        if isinstance(total, int | float):
+            return {"total": float(total), **(parts if isinstance(parts, dict) else {})}
+    return {}
+
+
+def _run(move: Move, argv: list[str]) -> Finished:
+    move.say(f"tokvm {' '.join(argv[:3] if argv[0] in ('migrate', 'sync') else argv[:2])} …")
+    return run_tokvm(argv, move.folder, timeout_s=move.settings.migrate_timeout_s, on_event=move.tell)
+
+
+def _boots(move: Move) -> frozenset[str]:
+    return frozenset(boot.id for boot in move.clock.boots(move.name))
+
+
+def _copied(move: Move, document: dict[str, object]) -> dict[str, object]:
+    """What the lab's document tells of a rehearsal. Its picture goes with the lab, unless there is a folder for pictures."""
+    found = {key: document[key] for key in COPIED if key in document}
+    picture, folder = Path(str(found.get("screenshot") or "")), move.settings.pictures
+    if folder is not None and picture.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        found["screenshot"] = str(shutil.copyfile(picture, folder / f"{move.name}{picture.suffix}"))
+    return found
