@@ -13,7 +13,7 @@ from tokvm.domain import serial
 from tokvm.domain.serial import FILE_LIMIT, LOGIN, READ_AT_ONCE, TAIL, SerialLog, find_failure
 
 
-@pytest.mark.parametrize("line", ["web login: ", "Debian GNU/Linux 12 web ttyS0 login:", "login:"])
+@pytest.mark.parametrize("line", ["web login: ", "Debian GNU/Linux 12 web ttyS0 login:", "login: [   12.345678] audit: x"])
 def test_a_login_is_life(line: str) -> None:
     assert re.search(LOGIN, line)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tokvm.lab.command import Event, finish_argv, migrate_argv, run_tokvm
+from tokvm.guest.base import Way
+from tokvm.lab.command import Event, cutover_argv, finish_argv, migrate_argv, rehearse_argv, run_tokvm, sync_argv
 from tokvm.lab.errors import LabError
 from tokvm.lab.home import LabRecord, new_home
 from tokvm.testing import pids
@@ -24,7 +25,13 @@ RECORD = LabRecord(
 
 def test_the_command_lines_are_understood_by_the_real_command(place: Path) -> None:
     """A refused connection, not a refused option."""
-    for argv in (migrate_argv(RECORD, place, "web", passes=3), finish_argv(place, "web")):
+    for argv in (
+        migrate_argv(RECORD, place, "web", passes=3),
+        sync_argv(RECORD, place, "web", passes=3),
+        rehearse_argv(place, "web", way=None, deadline_s=300.0),
+        cutover_argv(place, "web", way=Way.MICRO),
+        finish_argv(place, "web"),
+    ):
         done = run_tokvm(argv, place, timeout_s=60)
         assert done.code not in (0, 1, 2, 70) or "No such option" not in "\n".join(done.messages)
         assert "No such option" not in "\n".join(done.messages)

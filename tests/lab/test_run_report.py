@@ -25,7 +25,15 @@ def test_the_parts_are_cut_by_the_outside_clock_and_add_up() -> None:
     events = [Event(99.0, {"event": "phase"}), part("stop", 101.5), part("delta", 102.0), part("start", 102.25)]
     times = downtime(100.0, 110.0, events, {})
     assert times == {"total": 10.0, "stop": 1.5, "delta": 0.5, "start": 0.25, "boot": 7.75}
-    assert sum(times[name] for name in PARTS) == times["total"]
+    assert sum(times[name] for name in PARTS if name in times) == times["total"]
+
+
+def test_a_morph_is_a_part_of_its_own_where_there_was_one() -> None:
+    events = [part("stop", 101.5), part("delta", 102.0), part("morph", 105.0), part("start", 105.25)]
+    times = downtime(100.0, 110.0, events, {})
+    assert times == {"total": 10.0, "stop": 1.5, "delta": 0.5, "morph": 3.0, "start": 0.25, "boot": 4.75}
+    own = downtime(100.0, 110.0, [], {"stop": 2.0, "delta": 3.0, "morph": 1.0, "start": 1.0, "total": 7.0})
+    assert own == {"total": 10.0, "stop": 2.0, "delta": 3.0, "morph": 1.0, "start": 1.0, "boot": 3.0}
 
 
 def test_an_event_outside_the_downtime_makes_no_negative_part() -> None:

@@ -13,11 +13,11 @@ from tests.migration.conftest import Rig
 
 from tokvm.core.errors import BudgetExceeded, TokvmError
 from tokvm.migration.book import Book
-from tokvm.migration.forecast import compared, expected, forecast, foreseen, prediction_in, spent
+from tokvm.migration.forecast import CONVERSION, compared, expected, forecast, foreseen, prediction_in, spent
 from tokvm.migration.phases import Event, Phase
 from tokvm.migration.records import DowntimePart
 from tokvm.testing.fakes import BLOCK, Death, Fault, World
-from tokvm.transfer.predict import ASSUMED, Basis
+from tokvm.transfer.predict import ASSUMED, Basis, Estimate
 
 T = TypeVar("T")
 OPTIONS: dict[str, Any] = {"deadline_s": 300.0, "proof_s": 300.0, "settle_s": 10.0}
@@ -194,6 +194,31 @@ def test_parts_come_from_the_nearest_that_was_measured(slow_rig: Callable[..., R
     assert where is Basis.HERE
     assert seconds == pytest.approx(spent(book_of(rig), 1)["stop"])
     assert basis("boot") == (17.0, Basis.REHEARSED)
+
+
+def test_the_way_that_was_chosen_counts_and_the_newest_look_at_it(slow_rig: Callable[..., Rig]) -> None:
+    rig = slow_rig(way="micro")
+    sync(rig)
+
+    def morph() -> Estimate:
+        found = forecast(book_of(rig), book_of(rig).now())
+        assert found is not None
+        return found.parts["morph"]
+
+    assert morph() == ASSUMED["morph"]
+    book_of(rig).replan({"way": "virt-v2v"})
+    assert morph() == CONVERSION
+    rehearse(rig, "virt-v2v", morph=240.0, boot=20.0)
+    rehearse(rig, "micro", morph=3.0, boot=20.0)
+    assert morph() == Estimate(240.0, Basis.REHEARSED)
+    book_of(rig).replan({"way": None})
+    assert morph() == Estimate(3.0, Basis.REHEARSED)
+    rig.world.always = {"host.start": Fault.REFUSE}
+    with pytest.raises(TokvmError):
+        rig.migration().cutover(**OPTIONS)
+    assert morph() == Estimate(spent(book_of(rig), 1)["morph"], Basis.HERE)
+    rehearse(rig, "kernel", morph=0.0, boot=20.0)
+    assert morph() == Estimate(0.0, Basis.REHEARSED)
 
 
 def test_a_delta_is_split_into_bytes_and_what_is_around_them(slow_rig: Callable[..., Rig]) -> None:

@@ -11,20 +11,23 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tokvm.app.modernise import Renewal, modernise
 from tokvm.app.morphers import Convert, WayMorpher
 from tokvm.app.plan import Plan
-from tokvm.app.rehearsals import RehearsalWishes, Rehearser, Stage
+from tokvm.app.rehearsals import Boots, RehearsalWishes, Rehearser, Stage
 from tokvm.app.ways import Replay, by_way, newest, refuse_failed, rehearsed
 from tokvm.core.disk import DiskWriter
-from tokvm.core.errors import Blocked
+from tokvm.core.errors import Blocked, UsageError
 from tokvm.domain.base import Accel, DomainPlan, LifeSigns
 from tokvm.domain.host import LibvirtHost
 from tokvm.domain.rehearsal import RehearsalPlan
 from tokvm.domain.serial import LOGIN
 from tokvm.guest.base import GuestDisk, Way
+from tokvm.guest.engines import Conversion, Engine, Micro
 from tokvm.guest.morph_store import MorphStore
 from tokvm.guest.virt_v2v import VirtV2v, find_virt_v2v
 from tokvm.migration.book import Book
@@ -34,6 +37,21 @@ log = logging.getLogger(__name__)
 
 MORPHED_BY = (Way.MICRO, Way.VIRT_V2V, Way.KERNEL)
 """Ways whose cutover looks at, or changes, the guest's disks."""
+
+
+DEFAULT_PROOF_S = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModernWishes:
+    """way: MICRO or VIRT_V2V, None for the first. serial: the line that proves life in the trial boot. deadline_s: for the
+    guest's shutdown; proof_s: for its signs of life."""
+
+    way: Way | None = None
+    serial: str | None = None
+    proof: Callable[[], bool] | None = None
+    deadline_s: float = 300.0
+    proof_s: float = DEFAULT_PROOF_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +75,6 @@ class GuestSide:
 
     def rehearse(self, domain: DomainPlan, wishes: RehearsalWishes) -> dict[str, object]:
         self._make_reachable(self.folder / "trial")
-        login = wishes.serial or LOGIN
-
-        def boots(plan: DomainPlan, overlays: tuple[str, ...], /) -> LifeSigns:
-            trial = RehearsalPlan(plan=plan, overlays=overlays, folder=self.folder, login=login)
-            return self.host.rehearse(trial, deadline_s=wishes.deadline_s)
-
         stage = Stage(
             book=self.book,
             plan=domain,
@@ -70,7 +82,7 @@ class GuestSide:
             folder=self.folder,
             tcg=self.tcg,
             observer=self.observer,
-            boots=boots,
+            boots=self._boots(wishes.serial, wishes.deadline_s),
             convert=self._converter(domain, wishes.root, wishes.virtio_win),
         )
         return Rehearser(stage, wishes).run()
@@ -111,6 +123,51 @@ class GuestSide:
         if replay.way is Way.VIRT_V2V:
             convert = self._converter_later(domain, replay.root)
         return WayMorpher(replay, self._store("morph"), self.folder, self.tcg, self.observer.note, convert)
+
+    def modernise(self, domain: DomainPlan, wishes: ModernWishes) -> dict[str, object]:
+        """From compatible hardware, or a kernel beside the VM, to virtio. `domain`: the plan without any way."""
+        replay = self.replay()
+        if replay is None or replay.way not in (Way.COMPATIBLE, Way.KERNEL):
+            raise UsageError(
+                f"it was cut over by the way {replay.way if replay else Way.NONE}: there is nothing to modernise",
+                where=self.book.record().name,
+                fix="only after the ways compatible and kernel something is left to do",
+            )
+        self._make_reachable(self.folder / "modern")
+        way = wishes.way or Way.MICRO
+        with closing(self._store("modern")) as store:
+            return modernise(
+                Renewal(
+                    uuid=domain.vm.uuid,
+                    name=self.book.record().name,
+                    old=by_way(domain, replay),
+                    new=by_way(domain, replace(replay, way=way)),
+                    host=self.host,
+                    store=store,
+                    engine=self._engine(way, domain, replay.root or None),
+                    boots=self._boots(wishes.serial, wishes.proof_s or DEFAULT_PROOF_S),
+                    observer=self.observer,
+                    proof=wishes.proof,
+                    deadline_s=wishes.deadline_s,
+                    proof_s=wishes.proof_s,
+                )
+            )
+
+    def _engine(self, way: Way, domain: DomainPlan, root: str | None) -> Engine:
+        if way is Way.MICRO:
+            return Micro(self.folder, tcg=self.tcg, root=root, on_step=self.observer.step)
+        program = find_virt_v2v()
+        if program is None or way is not Way.VIRT_V2V:
+            raise UsageError(f"a guest cannot be modernised by the way {way} here", fix="give --way micro, or install virt-v2v")
+        log_file = self.folder / "virt-v2v.log"
+        return Conversion(VirtV2v(program, domain.vm, log_file, tcg=self.tcg, root=root, on_step=self.observer.step))
+
+    def _boots(self, serial: str | None, deadline_s: float) -> Boots:
+        def boots(plan: DomainPlan, overlays: tuple[str, ...], /) -> LifeSigns:
+            trial = RehearsalPlan(plan=plan, overlays=overlays, folder=self.folder, login=serial or LOGIN)
+            return self.host.rehearse(trial, deadline_s=deadline_s)
+
+        return boots
 
     def drop(self) -> None:
         """The migration is finished: only the pictures stay, and what a kernel beside the VM still boots from."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from tokvm.app.guests import GuestSide, with_way
+from tokvm.app.guests import GuestSide, ModernWishes, with_way
 from tokvm.app.inventory import check_targets, reached
 from tokvm.app.plan import Plan, Request, domain_plan, merged, new_plan, unmapped
 from tokvm.app.rehearsals import RehearsalWishes
@@ -20,10 +20,11 @@ from tokvm.app.state import default_state_dir, manifest_path, prepare_state_dir
 from tokvm.app.targets import spec_of
 from tokvm.core.disk import DiskWriter
 from tokvm.core.errors import Blocked, UsageError
-from tokvm.core.machine import Finding, Severity, VirtualMachine
+from tokvm.core.machine import Finding, Severity, VirtualMachine, machine_from
 from tokvm.domain.base import DomainPlan
 from tokvm.domain.host import LibvirtHost
 from tokvm.guest.base import Way
+from tokvm.migration.book import Book
 from tokvm.migration.doors import Doors, Observer
 from tokvm.migration.journal import Journal
 from tokvm.migration.phases import Phase
@@ -106,6 +107,25 @@ class Workshop:
         plan = Plan.from_json(record.plan)
         with reached(plan.source, plan.ssh, self.observer.note, self.recorder) as source:
             yield from self._job(record, plan, source)
+
+    def modernise(self, name: str, wishes: ModernWishes) -> dict[str, object]:
+        """Virtio for a VM that was cut over without. The source is not asked: it may be gone."""
+        record = self.journal.find(name)
+        if record.phase not in (Phase.STARTED, Phase.COMMITTED):
+            raise UsageError(f"it was not cut over (phase {record.phase})", where=record.name, fix="tokvm cutover")
+        plan = Plan.from_json(record.plan)
+        host = LibvirtHost(plan.libvirt)
+        book = self.journal.book(record.id)
+
+        def opened(index: int, identity: str | None) -> DiskWriter:
+            return open_known(book, plan, index, identity)
+
+        try:
+            with self.journal.lock(record.id):
+                guest = GuestSide(self.state_dir, book, plan, host, self.observer, opened)
+                return guest.modernise(domain_plan(machine_from(record.vm), plan), wishes)
+        finally:
+            host.close()
 
     def _refuse_blocked(self, vm: VirtualMachine, plan: Plan, source: Source) -> None:
         findings = [*source.check(vm), *check_targets(vm, plan.targets), *unmapped(vm, plan.networks)]
@@ -221,9 +241,7 @@ class Job:
         return self._open_same(index, None)
 
     def _open_same(self, index: int, identity: str | None) -> DiskWriter:
-        """The target of a disk, if it is still the one that `identity` (or else the journal) says."""
-        disk = next(disk for disk in self._book.disks() if disk.index == index)
-        return open_target(spec_of(self._plan.targets[index]), size=disk.size, expect=identity or disk.identity or None)
+        return open_known(self._book, self._plan, index, identity)
 
     def _manifest_path(self, number: int, disk: int) -> Path:
         path = manifest_path(self._shop.state_dir, self.record.id, number, disk)
@@ -248,6 +266,12 @@ class Job:
                 self._shop.observer.note(f"warning: {finding.what}")
                 continue
             raise Blocked(f"the target could not run the VM: {finding.what}", where=finding.where, fix=finding.fix)
+
+
+def open_known(book: Book, plan: Plan, index: int, identity: str | None) -> DiskWriter:
+    """The target of a disk, if it is still the one that `identity` (or else the journal) says."""
+    disk = next(disk for disk in book.disks() if disk.index == index)
+    return open_target(spec_of(plan.targets[index]), size=disk.size, expect=identity or disk.identity or None)
 
 
 def _plan_of(record: MigrationRecord, request: Request) -> Plan:

@@ -15,6 +15,7 @@ from tokvm.cli.image import image
 from tokvm.cli.lab import lab
 from tokvm.cli.look import check, ls
 from tokvm.cli.migrate import migrate
+from tokvm.cli.modernise import modernise
 from tokvm.cli.morph import morph
 from tokvm.cli.output import print_error
 from tokvm.cli.rehearse import rehearse
@@ -51,7 +52,7 @@ def root(
     """Move virtual machines to KVM while they keep running."""
 
 
-for verb in (check, ls, sync, rehearse, cutover, migrate, status, report, rollback, finish, verify, morph, unmorph):
+for verb in (check, ls, sync, rehearse, cutover, migrate, status, report, rollback, finish, modernise, verify, morph, unmorph):
     cli.command()(verb)
 cli.add_typer(image, name="image")
 cli.add_typer(lab, name="lab")

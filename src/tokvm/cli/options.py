@@ -135,6 +135,14 @@ GuestRoot = Annotated[
     str | None,
     typer.Option("--root", help="Which system is meant where a disk holds several, e.g. /dev/sda2.", show_default=False),
 ]
+SignSerial = Annotated[
+    str | None,
+    typer.Option(
+        "--sign-serial",
+        help="The line on the serial port that proves life, a regular expression [login:].",
+        show_default=False,
+    ),
+]
 CloneBase = Annotated[
     bool,
     typer.Option("--clone-base", help="esx: a base that stays locked is cloned on its datastore first (needs the room)."),

@@ -20,14 +20,7 @@ def rehearse(
     way: options.WayOption = None,
     virtio_win: options.VirtioWin = None,
     guest_root: options.GuestRoot = None,
-    sign_serial: Annotated[
-        str | None,
-        typer.Option(
-            "--sign-serial",
-            help="The line on the serial port that proves life, a regular expression [login:].",
-            show_default=False,
-        ),
-    ] = None,
+    sign_serial: options.SignSerial = None,
     deadline: Annotated[str, typer.Option("--deadline", help="How long it may take to show life.", metavar="DURATION")] = "5m",
     state_dir: options.StateDir = None,
     json: options.Json = False,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 
 class Firmware(StrEnum):
@@ -93,6 +95,17 @@ class VirtualMachine:
     power: PowerState = PowerState.UNKNOWN
     description: str = ""
     extra: dict[str, str] = field(default_factory=dict)
+
+
+def machine_from(stored: Mapping[str, Any]) -> VirtualMachine:
+    """A machine from what `dataclasses.asdict` made of one, through JSON. Fields that an older tokvm did not know have their
+    defaults; KeyError, TypeError or ValueError when it is none."""
+    known = dict(stored)
+    known["disks"] = tuple(Disk(**disk) for disk in known["disks"])
+    known["nics"] = tuple(Nic(**nic) for nic in known.get("nics", ()))
+    known["firmware"] = Firmware(known.get("firmware", Firmware.BIOS))
+    known["power"] = PowerState(known.get("power", PowerState.UNKNOWN))
+    return VirtualMachine(**known)
 
 
 @dataclass(frozen=True, slots=True)

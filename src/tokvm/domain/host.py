@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import time
 import xml.etree.ElementTree as ET
 from types import ModuleType
 from typing import Any
@@ -27,6 +28,8 @@ from tokvm.domain.schema import validate
 from tokvm.domain.xml import domain_xml, source_name
 
 log = logging.getLogger(__name__)
+
+SHUTDOWN_POLL_S = 0.5
 
 
 class LibvirtHost:
@@ -116,6 +119,19 @@ class LibvirtHost:
                 if self._connection.look_up(uuid) is not None and domain.isActive():
                     raise
         log.info("%s: stopped %s", self.url, uuid)
+
+    def shut_down(self, uuid: str, deadline_s: float) -> bool:
+        """Ask the guest to shut down, by its agent or its power button, and wait. False: it still runs at the deadline."""
+        domain = self._own(uuid)
+        until = time.monotonic() + deadline_s
+        if domain is not None and self._is_active(domain):
+            with self._connection.translated("the guest cannot be asked", where=self._where(uuid), fix="shut it down inside"):
+                domain.shutdown()
+        while self.state(uuid) is DomainState.RUNNING:
+            if time.monotonic() > until:
+                return False
+            time.sleep(SHUTDOWN_POLL_S)
+        return True
 
     def undefine(self, uuid: str) -> None:
         domain = self._connection.look_up(uuid)

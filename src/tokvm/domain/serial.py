@@ -14,7 +14,8 @@ from pathlib import Path
 from tokvm.core.text import readable
 from tokvm.core.units import KiB, MiB
 
-LOGIN = r"login: *$"
+# The kernel may have something to say behind a prompt, on the same line.
+LOGIN = r"login: *(\[ *\d+\.\d{6}\].*)?$"
 # What is looked at in one go; a guest cannot fill more than this between two looks without something being skipped.
 READ_AT_ONCE = 256 * KiB
 TAIL = 16 * KiB

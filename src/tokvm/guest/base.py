@@ -139,7 +139,8 @@ class WindowsFacts:
 @dataclass(frozen=True, slots=True)
 class GuestFacts:
     """What inspection found. root: libguestfs' name of the root file system (`/dev/sda1`). boot_disk: index of the disk that
-    the firmware boots. efi_loaders: loaders in its ESP as firmware names them (`\\EFI\\debian\\grubx64.efi`). mounts: mount point → device. problems: what stands in a morph's way, found while looking."""
+    the firmware boots. efi_loaders: loaders in its ESP as firmware names them (`\\EFI\\debian\\grubx64.efi`).
+    mounts: mount point → device. problems: what stands in a morph's way, found while looking."""
 
     family: OsFamily
     root: str = ""

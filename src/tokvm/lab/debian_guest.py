@@ -21,8 +21,9 @@ from tokvm.lab.debian_root import debian_root, kernel_version
 from tokvm.lab.errors import LabError
 from tokvm.lab.guest_image import BiosGuest, GuestSettings
 from tokvm.lab.programs import run_program
+from tokvm.lab.settings import DISK_SIZES, GuestKind
 
-DEFAULT_SIZE = 1200 * MiB
+DEFAULT_SIZE = DISK_SIZES[GuestKind.DEBIAN_NO_VIRTIO]
 SMALLEST = 640 * MiB
 INODES = 32768
 JOURNAL = 16 * MiB

@@ -5,7 +5,8 @@
     ├── total ─────────────────────────────────────────────────────────────────────────────┤
 
 The ends are the outside clock's. Where one part ends and the next begins is when tokvm's event about it arrived, by the same
-clock, so that the parts add up to the total; a cutover that morphs nothing has no such part. Without the events, tokvm's own figures stand and boot is the rest.
+clock, so that the parts add up to the total; a cutover that morphs nothing has no such part. Without the events, tokvm's own
+figures stand and boot is the rest.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class LabOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class GuestReport:
-    """One guest's migration. ledger: acknowledged and lost, with what was seen of the records besides. predicted: the downtime as
-    tokvm expected it right before the stop, `total` and parts. rehearsal: what `tokvm rehearse` said; empty without one."""
+    """One guest's migration. ledger: acknowledged and lost, with what was seen of the records besides. predicted: the downtime
+    that tokvm expected right before the stop, `total` and parts. rehearsal: what `tokvm rehearse` said; empty without one."""
 
     guest: str
     source: str

@@ -8,15 +8,14 @@ from pathlib import Path
 
 from tokvm.core.units import KiB, MiB
 from tokvm.guest.base import Way
-from tokvm.lab.debian_guest import DEFAULT_SIZE as DEBIAN_SIZE
 from tokvm.lab.errors import LabError
 
 SOURCES = ("xenserver", "hyperv", "esxi", "esxi-vmfs5", "esxi-locked", "vcenter", "vcenter-api")
 
 
 class GuestKind(StrEnum):
-    """What runs in the lab's VMs. The `no-virtio` ones need a morph to boot on KVM's own hardware. WINDOWS_PHONY is looked at and
-    morphed as a Windows, but never boots."""
+    """What runs in the lab's VMs. Those without virtio need a morph to boot on KVM's own hardware. WINDOWS_PHONY is looked at
+    and morphed as a Windows, but never boots."""
 
     MINI = "mini"
     MINI_NO_VIRTIO = "mini-no-virtio"
@@ -27,7 +26,7 @@ class GuestKind(StrEnum):
 DISK_SIZES = {
     GuestKind.MINI: 256 * MiB,
     GuestKind.MINI_NO_VIRTIO: 256 * MiB,
-    GuestKind.DEBIAN_NO_VIRTIO: DEBIAN_SIZE,
+    GuestKind.DEBIAN_NO_VIRTIO: 1200 * MiB,
     GuestKind.WINDOWS_PHONY: 256 * MiB,
 }
 
@@ -35,9 +34,10 @@ DISK_SIZES = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabSettings:
     """write_rate: bytes/s that each guest's background writer makes. link_rate: bytes/s between source and tokvm, None for
-    as fast as loopback; rtt_s: added to each round trip. passes: base and deltas before the cutover's final delta. disk_size: 0 for
-    what the guest needs. rehearse: sync, rehearse, cut over, instead of migrate; way: how the cutover has to make the guest
-    boot, None for the rehearsal's best. pictures: a folder for what the rehearsals saw."""
+    as fast as loopback; rtt_s: added to each round trip. passes: base and deltas before the cutover's final delta. disk_size:
+    0 for what the guest needs. rehearse: sync, rehearse, cut over, instead of migrate; way: how the cutover has to make the
+    guest boot, None for the rehearsal's best. pictures: a folder for what the rehearsals saw.
+    """
 
     source: str = "xenserver"
     guests: int = 1

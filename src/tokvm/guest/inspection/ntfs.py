@@ -55,7 +55,7 @@ def is_dirty(record: bytes) -> bool:
     """Whether $Volume's record carries the dirty flag. A record that cannot be read counts as dirty: nobody should write."""
     if record[:4] != b"FILE" or len(record) < 0x30:
         return True
-    pass
+    record = _fixed_up(record)
     (at,) = struct.unpack_from("<H", record, 0x14)
     while at + 24 <= len(record):
         kind, length = struct.unpack_from("<II", record, at)
