@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import pytest
 
 from tokvm.core.errors import DomainError
-from tokvm.core.machine import DiskBus, Firmware, Severity
+from tokvm.core.machine import DiskBus, Firmware, Nic, Severity
 from tokvm.core.units import GiB, MiB
-from tokvm.domain import accel, host
-from tokvm.domain.base import Accel, DomainHost, DomainPlan, DomainState
+from tokvm.domain import accel, check, host
+from tokvm.domain.base import Accel, DirectKernel, DomainHost, DomainPlan, DomainState
 from tokvm.domain.host import LibvirtHost
 from tokvm.domain.xml import source_name
 
@@ -260,6 +260,28 @@ def test_check_lists_everything_in_the_way(target: LibvirtHost, new_plan: NewPla
     assert found[-1].severity is Severity.WARNING
     assert "TCG" in found[-1].what
     assert all(finding.fix for finding in found)
+
+
+def test_check_knows_what_old_libvirts_and_machines_lack(
+    target: LibvirtHost, new_plan: NewPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nics = (Nic(0, "52:54:00:12:34:56", slot=192),)
+    lost = target.check(new_plan(machine="pc", nics=nics))
+    assert ["PCI slots" in finding.what for finding in lost] == [True, False]
+    nvme, slots = new_plan(bus=DiskBus.NVME), new_plan(nics=nics)
+    assert [finding.severity for plan in (nvme, slots) for finding in target.check(plan)] == [Severity.WARNING] * 2
+    monkeypatch.setattr(check, "OVERRIDES_SINCE", 10**9)
+    for plan in (nvme, slots):
+        assert "too old" in target.check(plan)[0].what
+        assert target.check(plan)[0].severity is Severity.BLOCKER
+
+
+def test_check_misses_a_kernel_that_is_gone(target: LibvirtHost, new_plan: NewPlan, tmp_path: Path) -> None:
+    (tmp_path / "vmlinuz").touch()
+    kernel = DirectKernel(str(tmp_path / "vmlinuz"), str(tmp_path / "initrd"), "")
+    found = target.check(new_plan(more={"kernel": kernel}))
+    assert [finding.severity for finding in found] == [Severity.BLOCKER, Severity.WARNING]
+    assert "initrd" in found[0].what
 
 
 def test_check_says_what_cannot_be_a_domain_at_all(target: LibvirtHost, new_plan: NewPlan) -> None:

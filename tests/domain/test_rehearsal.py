@@ -1,5 +1,5 @@
-"""Rehearsals of real guests under a real libvirtd. The guest is one initrd that looks for its disk, asks for an address, offers a
-login and plays a guest agent; its kernel has no AHCI driver (Debian's cloud kernel), so that it finds no disk on SATA.
+"""Rehearsals of real guests under a real libvirtd. The guest is one initrd that looks for its disk, asks for an address, offers
+a login and plays a guest agent; its kernel has no AHCI driver (Debian's cloud kernel), so that it finds no disk on SATA.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ $bb ifconfig eth0 up
 $bb udhcpc -i eth0 -n -q -t 1 -T 1 -x hostname:lab -s /bin/busybox >/dev/null 2>&1
 $bb printf "lab on $found login: "
 for port in /dev/vport*p1; do exec 3<>$port; done
-while read -r line <&3; do
+while :; do
+    read -r line <&3 || { $bb usleep 100000; continue; }
     case $line in
         *guest-sync*) id=${line##*:} && echo "{\\"return\\": ${id%%\\}*}}" >&3 ;;
         *guest-ping*) echo '{"return": {}}' >&3 ;;

@@ -18,6 +18,7 @@ from tokvm.app import morph as app
 from tokvm.core.errors import Blocked, UsageError
 from tokvm.core.units import MiB
 from tokvm.guest.base import GuestDisk, GuestError, Way
+from tokvm.guest.engines import MorphReport
 from tokvm.guest.morph_store import MorphStore, Undone
 from tokvm.lab.guest_image import build_guest
 
@@ -31,7 +32,7 @@ def tokvm(tmp_path: Path) -> Run:
     def run(*argv: object) -> tuple[int, dict[str, Any], str]:
         environment = dict(os.environ) | {"TOKVM_STATE_DIR": str(tmp_path / "state")}
         command = [sys.executable, "-m", "tokvm", *map(str, argv), "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, check=False)
         return done.returncode, json.loads(done.stdout or "{}"), done.stderr
 
     return run
@@ -42,6 +43,7 @@ def sha(path: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # two appliances, emulated, on a busy machine
 def test_a_guest_without_virtio_is_morphed_and_put_back(tokvm: Run, tmp_path: Path) -> None:
     disk = tmp_path / "disk.raw"
     build_guest(disk, size=128 * MiB, drivers="ide")
@@ -75,9 +77,9 @@ def test_mistakes_are_named_before_anything_is_opened(tokvm: Run, tmp_path: Path
 class Fake:
     """An engine that takes no time."""
 
-    def morph(self, disks: tuple[GuestDisk, ...]) -> app.MorphReport:
+    def morph(self, disks: tuple[GuestDisk, ...]) -> MorphReport:
         change(disks[0], "write -P 9 4096 4096")
-        return app.MorphReport(Way.MICRO)
+        return MorphReport(Way.MICRO)
 
 
 @pytest.fixture

@@ -72,6 +72,7 @@ class FakeEsx:
         self.backing: dict[str, str] = {}
         self.controller = ""
         self.devices = ""
+        self.slot = 192
         self.settings: dict[str, str] = {}
         self.snapshots: list[tuple[int, str, dict[str, str]]] = []
         self.last_uid = 0
@@ -247,6 +248,9 @@ class FakeEsx:
          backing = (vim.vm.device.VirtualEthernetCard.NetworkBackingInfo) {{
             deviceName = "LAN, the "first"",
             network = 'vim.Network:HaNetwork-LAN',
+         }},
+         slotInfo = (vim.vm.device.VirtualDevice.PciBusSlotInfo) {{
+            pciSlotNumber = {self.slot}
          }},
          addressType = "assigned",
          macAddress = "00:50:56:AA:BB:CC",

@@ -70,6 +70,12 @@ def test_a_uuid_that_two_vms_have_is_refused_with_both(host: FakeEsx, source: Es
         source.inspect(VM)
 
 
+@pytest.mark.parametrize(("told", "slot"), [(192, 192), (1023, 1023), (1184, None), (-1, None)])
+def test_the_slot_that_a_guest_names_its_card_after(host: FakeEsx, source: EsxSource, told: int, slot: int | None) -> None:
+    host.slot = told
+    assert source.inspect(VM).nics[0].slot == slot
+
+
 def test_a_machine_is_described(host: FakeEsx, source: EsxSource) -> None:
     host.name, host.annotation = "we/b 100% “ü”", 'the "new" one\nsecond line'
     host.settings = {"firmware": "efi", "uefi.secureBoot.enabled": "TRUE"}
@@ -78,7 +84,7 @@ def test_a_machine_is_described(host: FakeEsx, source: EsxSource) -> None:
     assert (vm.name, vm.description) == (host.name, host.annotation)
     assert (vm.vcpus, vm.memory, vm.power, vm.hypervisor) == (2, 4 * GiB, PowerState.RUNNING, "vmware")
     assert (vm.firmware, vm.secure_boot, vm.tpm) == (Firmware.UEFI, True, False)
-    assert vm.nics == (Nic(0, "00:50:56:aa:bb:cc", 'LAN, the "first"'),)
+    assert vm.nics == (Nic(0, "00:50:56:aa:bb:cc", 'LAN, the "first"', 192),)
     (disk,) = vm.disks
     assert (disk.key, disk.size, disk.device, disk.bootable, disk.storage) == (KEY, SIZE, "scsi0:0", True, "VMFS-6")
     assert vm.extra["mac-types"] == "assigned"

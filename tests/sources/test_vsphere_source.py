@@ -113,6 +113,7 @@ def test_every_page_of_the_inventory_is_read(make: Make, *, vcenter: bool, page:
     rig = make(vcenter=vcenter, api={"page": page})
     vm = rig.vm
     assert (vm.name, vm.disks[0].key, vm.nics[0].network) == ("web", "scsi0:0:[datastore1] web/web.vmdk", "VM Network")
+    assert vm.nics[0].slot == 192, "the guest calls it ens192"
 
 
 def test_a_datacenter_narrows_the_search(make: Make) -> None:

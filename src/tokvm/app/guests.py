@@ -22,8 +22,10 @@ from tokvm.app.rehearsals import Boots, RehearsalWishes, Rehearser, Stage
 from tokvm.app.ways import Replay, by_way, newest, refuse_failed, rehearsed
 from tokvm.core.disk import DiskWriter
 from tokvm.core.errors import Blocked, UsageError
+from tokvm.core.machine import Firmware
 from tokvm.domain.base import Accel, DomainPlan, LifeSigns
 from tokvm.domain.host import LibvirtHost
+from tokvm.domain.nvram import find_template, write_variables
 from tokvm.domain.rehearsal import RehearsalPlan
 from tokvm.domain.serial import LOGIN
 from tokvm.guest.base import GuestDisk, Way
@@ -83,6 +85,7 @@ class GuestSide:
             tcg=self.tcg,
             observer=self.observer,
             boots=self._boots(wishes.serial, wishes.deadline_s),
+            by_way=lambda replay: self._by_way(domain, replay),
             convert=self._converter(domain, wishes.root, wishes.virtio_win),
         )
         return Rehearser(stage, wishes).run()
@@ -110,7 +113,18 @@ class GuestSide:
 
     def domain(self, domain: DomainPlan) -> DomainPlan:
         replay = self.replay()
-        return domain if replay is None else by_way(domain, replay)
+        return domain if replay is None else self._by_way(domain, replay)
+
+    def _by_way(self, domain: DomainPlan, replay: Replay) -> DomainPlan:
+        """The domain, and what UEFI must be told: its boot entries lay in the old host's NVRAM."""
+        if domain.vm.firmware is not Firmware.UEFI or not replay.loader:
+            return by_way(domain, replay)
+        nvram = self.folder / "nvram.fd"
+        if not nvram.exists():
+            self._make_reachable(self.folder)
+            template = find_template(machine=domain.machine, secure_boot=domain.vm.secure_boot)
+            write_variables(nvram, template, loader=replay.loader, description=self.book.record().name)
+        return by_way(domain, replay, nvram=str(nvram))
 
     def morpher(self, domain: Callable[[], DomainPlan]) -> Morpher | None:
         """What the cutover's steps call; None when the way leaves the disks alone, and nothing was ever morphed."""
@@ -140,8 +154,8 @@ class GuestSide:
                 Renewal(
                     uuid=domain.vm.uuid,
                     name=self.book.record().name,
-                    old=by_way(domain, replay),
-                    new=by_way(domain, replace(replay, way=way)),
+                    old=self._by_way(domain, replay),
+                    new=self._by_way(domain, replace(replay, way=way)),
                     host=self.host,
                     store=store,
                     engine=self._engine(way, domain, replay.root or None),

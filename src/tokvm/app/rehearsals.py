@@ -14,12 +14,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from tokvm.app.morphers import Convert, micro_of
-from tokvm.app.ways import Replay, by_way, hardware_of
+from tokvm.app.ways import Replay, hardware_of, loader_of
 from tokvm.core.errors import TokvmError, UsageError
 from tokvm.core.machine import Severity
 from tokvm.domain.base import PROOFS, DomainPlan, LifeSigns, Outcome
@@ -68,8 +68,8 @@ class Stage:
     tcg: bool
     observer: Observer
     boots: Boots
+    by_way: Callable[[Replay], DomainPlan]
     convert: Convert | None = None
-    loader_of: Callable[[GuestFacts], str] = field(default=lambda _facts: "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +172,7 @@ class Rehearser:
             bus=bus,
             nic=nic,
             root=facts.root,
-            loader=self._stage.loader_of(facts),
+            loader=loader_of(facts),
             mounts=facts.mounts,
         )
         timings: dict[str, float] = {}
@@ -213,7 +213,7 @@ class Rehearser:
     def _boot(self, way: Way, replay: Replay, timings: dict[str, float]) -> Attempt:
         self._step("boot the overlay on an isolated network")
         overlays = tuple(layer.path for layer in self._stage.store.trial())
-        seen = self._stage.boots(by_way(self._stage.plan, replay), overlays)
+        seen = self._stage.boots(self._stage.by_way(replay), overlays)
         works = seen.outcome is Outcome.ALIVE
         if works:
             timings["boot"] = round(seen.after_s, 3)

@@ -10,14 +10,17 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tokvm.core.errors import Blocked, UsageError
-from tokvm.core.machine import DiskBus, NicModel
+from tokvm.core.machine import DiskBus, Firmware, NicModel
 from tokvm.domain.base import DirectKernel, DomainPlan
-from tokvm.guest.base import Judgement, Way
+from tokvm.domain.nvram import DEFAULT_LOADER
+from tokvm.guest.base import GuestFacts, Judgement, Way
 from tokvm.migration.records import RehearsalRecord
 
 VIRTIO = (DiskBus.VIRTIO_BLK, DiskBus.VIRTIO_SCSI)
 ON_PC = (DiskBus.IDE,)
 """Buses that QEMU's q35 does not have."""
+LOADERS = ("shim", "bootmgfw", "grub", "systemd-boot")
+"""How the names of loaders start, best first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,19 @@ def hardware_of(way: Way, judgement: Judgement) -> tuple[str, str]:
         return "", ""
     bus = next((str(one) for one in judgement.buses if one not in VIRTIO), "")
     return bus, judgement.nics[0] if judgement.nics else NicModel.E1000E.value
+
+
+def loader_of(facts: GuestFacts) -> str:
+    """The UEFI loader that needs a boot entry, because the guest has none where firmware looks by itself; "" when it has.
+    What Secure Boot trusts goes first."""
+    if facts.firmware is not Firmware.UEFI or any(one.lower() == DEFAULT_LOADER.lower() for one in facts.efi_loaders):
+        return ""
+    return min(facts.efi_loaders, key=_rank, default="")
+
+
+def _rank(loader: str) -> int:
+    name = loader.lower().rpartition("\\")[2]
+    return next((number for number, known in enumerate(LOADERS) if name.startswith(known)), len(LOADERS))
 
 
 def newest(records: Sequence[RehearsalRecord]) -> RehearsalRecord | None:

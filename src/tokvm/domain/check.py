@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tokvm.core.errors import DomainError
-from tokvm.core.machine import Finding, Firmware, Severity
+from tokvm.core.machine import DiskBus, Finding, Firmware, Severity
 from tokvm.core.units import format_bytes
 from tokvm.domain.base import Accel, DomainPlan
 from tokvm.domain.connection import Connection
 from tokvm.domain.names import legal_name
 from tokvm.domain.schema import validate
 from tokvm.domain.xml import domain_xml, source_name
+
+# <qemu:override>, by which NVMe disks and slots are made: libvirt's version as its API counts it.
+OVERRIDES_SINCE = 8_002_000
 
 Question = Callable[[Connection, DomainPlan, Accel], Iterator[Finding]]
 
@@ -24,7 +27,7 @@ def find_obstacles(connection: Connection, plan: DomainPlan, *, accel: Accel) ->
         validate(domain_xml(plan, accel=accel), where=repr(plan.vm.name))
     except DomainError as exc:
         return [_blocker(exc.what, exc.fix, exc.where)]
-    questions: tuple[Question, ...] = (_holders, _networks, _capabilities, _memory, _speed)
+    questions: tuple[Question, ...] = (_holders, _networks, _capabilities, _hardware, _kernel, _memory, _speed)
     findings = [finding for question in questions for finding in question(connection, plan, accel)]
     return sorted(findings, key=lambda finding: finding.severity is not Severity.BLOCKER)
 
@@ -85,6 +88,32 @@ def _capabilities(connection: Connection, plan: DomainPlan, accel: Accel) -> Ite
         yield _blocker("no firmware with secure boot is installed here", "install ovmf (RHEL: edk2-ovmf)", connection.uri)
     if plan.vm.tpm and not _offers(known, "devices/tpm/enum[@name='backendModel']/value", "emulator"):
         yield _blocker("the VM has a TPM, which nothing here can play", "install swtpm and swtpm-tools", connection.uri)
+
+
+def _hardware(connection: Connection, plan: DomainPlan, _accel: Accel) -> Iterator[Finding]:
+    """What libvirt's capabilities do not tell of."""
+    slots = any(nic.slot is not None for nic in plan.vm.nics)
+    if slots and plan.machine != "q35":
+        yield Finding(
+            Severity.WARNING,
+            f"machine {plan.machine} keeps no PCI slots: the guest may give its network cards other names",
+            "choose machine q35, or look at the guest's network configuration",
+            repr(plan.vm.name),
+        )
+    if not any(disk.bus is DiskBus.NVME for disk in plan.disks) and not (slots and plan.machine == "q35"):
+        return
+    with connection.translated("cannot ask for libvirt's version", where=connection.uri):
+        version = int(connection.handle().getLibVersion())
+    if version < OVERRIDES_SINCE:
+        yield _blocker("this libvirt is too old for NVMe disks and PCI slots (8.2)", "choose another --bus", connection.uri)
+
+
+def _kernel(connection: Connection, plan: DomainPlan, _accel: Accel) -> Iterator[Finding]:
+    if plan.kernel is None or not connection.is_local:
+        return
+    for path in (plan.kernel.image, plan.kernel.initrd):
+        if not Path(path).is_file():
+            yield _blocker(f"{path!r}, which the VM boots, is not there", "rehearse again", connection.uri)
 
 
 def _offers(capabilities: ET.Element, path: str, value: str) -> bool:

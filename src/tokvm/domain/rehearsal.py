@@ -199,10 +199,11 @@ class _Watch:
 
     def _look(self, domain: Any, *, alive: bool) -> LifeSigns | None:
         for line in self._serial.new_lines():
+            # A panic may share the line of a prompt.
+            if not self._proof() and (failure := find_failure(line)):
+                return self._verdict(Outcome.FAILED, str(failure))
             if self._login.search(line):
                 self._note(Sign.SERIAL, readable(line.strip()))
-            elif not self._proof() and (failure := find_failure(line)):
-                return self._verdict(Outcome.FAILED, str(failure))
         for frame in self._frames():
             self._note(_SIGNS[frame.kind], " ".join(filter(None, (frame.mac, frame.detail))))
         if alive and not self._proof() and self._agent(domain):

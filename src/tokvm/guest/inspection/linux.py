@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from tokvm.guest.appliance import READ_LIMIT
@@ -16,13 +17,13 @@ from tokvm.guest.inspection.uki import section_text, sections_of
 
 GENERATORS = {
     "initramfs-tools": ("/usr/sbin/update-initramfs",),
-    "dracut": ("/usr/bin/dracut", "/usr/sbin/dracut", "/sbin/dracut"),
-    "mkinitcpio": ("/usr/bin/mkinitcpio", "/usr/sbin/mkinitcpio", "/sbin/mkinitcpio"),
+    "dracut": ("/usr/bin/dracut", "/usr/sbin/dracut"),
+    "mkinitcpio": ("/usr/bin/mkinitcpio", "/usr/sbin/mkinitcpio"),
 }
 TOOLS = {
     "open-vm-tools": ("/usr/bin/vmtoolsd", "/usr/sbin/vmtoolsd"),
-    "VMware Tools": ("/usr/lib/vmware-tools", "/etc/vmware-tools/locations"),
-    "hyperv-daemons": ("/usr/sbin/hv_kvp_daemon", "/usr/sbin/hypervkvpd", "/usr/lib/hyperv-daemons/hv_kvp_daemon"),
+    "VMware Tools": ("/etc/vmware-tools/locations",),
+    "hyperv-daemons": ("/usr/sbin/hv_kvp_daemon", "/usr/sbin/hypervkvpd"),
     "azure agent": ("/usr/sbin/waagent",),
     "xe-guest-utilities": ("/usr/sbin/xe-daemon", "/usr/bin/xe-daemon", "/usr/sbin/xe-linux-distribution"),
     "VirtualBox Guest Additions": ("/usr/sbin/VBoxService",),
@@ -41,13 +42,13 @@ def look_at_linux(tree: Tree, place: BootPlace, root_device: str) -> LinuxFacts:
         root=_root(options, fstab),
         command_line=word(options, 4096),
         boot_loader=_loader(place, menu),
-        generator=next((name for name, paths in GENERATORS.items() if _any_of(tree, paths)), ""),
+        generator=next(iter(_installed(tree, GENERATORS)), ""),
         boot_free=_free(tree, "/boot" if tree.is_folder("/boot") else "/"),
         by_name=tuple(word(line.point) for line in fstab if line.by_name)[:64],
         lvm=_is_lvm(tree, root_device),
         luks=place.luks,
         btrfs_snapshots=_has_snapshots(tree),
-        tools=tuple(name for name, paths in TOOLS.items() if _any_of(tree, paths)),
+        tools=_installed(tree, TOOLS),
         interfaces=_interfaces(tree),
     )
 
@@ -78,8 +79,11 @@ def _loader(place: BootPlace, menu: Menu) -> str:
     return f"grub-{place.firmware}".replace("uefi", "efi") if menu.loader == "grub" else menu.loader
 
 
-def _any_of(tree: Tree, paths: tuple[str, ...]) -> bool:
-    return any(tree.stat(path) for path in paths)
+def _installed(tree: Tree, known: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """Those of which a program is there; a folder with programs is listed once, not asked for each of them."""
+    folders = {path.rpartition("/")[0] for paths in known.values() for path in paths}
+    there = {f"{folder}/{name}" for folder in folders for name in tree.names(folder)}
+    return tuple(name for name, paths in known.items() if there.intersection(paths))
 
 
 def _free(tree: Tree, path: str) -> int:

@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 TEXT_LIMIT = MiB
 SHORT_LIMIT = 64 * KiB
+SMALL = MiB
+"""Up to here one call brings a file. Calls are what inspection spends its time with where KVM does not work."""
 FOLDER_LIMIT = 16 * MiB
 """st_size of a folder: ext4, XFS and btrfs count the entries in it. 16 MiB are some 200 000 names."""
 NAMES_LIMIT = 20_000
@@ -80,6 +82,8 @@ class Tree:
         if found.size > limit:
             self.problem(f"{path} has {format_bytes(found.size)} and was not read", where=path)
             return b""
+        if found.size <= SMALL:
+            return bytes(self.ask(self.appliance.g.read_file, path, default=b""))
         try:
             return self.appliance.read(path, limit)
         except GuestError as failed:

@@ -223,7 +223,7 @@ def _check_signature(info: Any, certificate: Any, content: bytes, place: _Place)
 
 
 def _check_issued(certificate: Any, certificates: list[Any], place: _Place) -> None:
-    """That its issuer made the certificate as it stands, where the issuer's is in the signature too (often all but the root)."""
+    """That its issuer made the certificate as it stands, where the issuer's is in the signature too (rarely the root's)."""
     wanted = certificate.issuer.dump()
     issuers = [one for one in certificates if one.subject.dump() == wanted and one is not certificate]
     algorithm = certificate["signature_algorithm"].hash_algo

@@ -74,13 +74,18 @@ class DiskDevice:
         return f"{self.node}:{self.chain[-1] if self.chain else 'unknown'}"
 
 
+FIRST_FUNCTION = 1024
+
+
 @dataclass(frozen=True, slots=True)
 class NicDevice:
-    """type: generated, assigned or manual. network: a standard switch's network, or a distributed port group's key."""
+    """type: generated, assigned or manual. network: a standard switch's network, or a distributed port group's key. slot: PCI
+    slot that a Linux guest names the card after (192: ens192), None where none is known."""
 
     mac: str
     type: str
     network: str
+    slot: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,4 +172,11 @@ def _nic(fields: Fields) -> NicDevice:
     port = None if backing is None else backing.item_or_none("port")
     name = backing.text_or_none("deviceName") if backing is not None else None
     network = name or (port.text_or_none("portgroupKey") if port is not None else None) or ""
-    return NicDevice(mac, fields.text_or_none("addressType") or "", network)
+    place = fields.item_or_none("slotInfo")
+    slot = None if place is None else plain_slot(place.number_or_none("pciSlotNumber", least=-1))
+    return NicDevice(mac, fields.text_or_none("addressType") or "", network, slot)
+
+
+def plain_slot(number: int | None) -> int | None:
+    """A slot that a name is made of. Above 1023 a function of the bridge is in the number too, and no name is known for it."""
+    return number if number is not None and 0 < number < FIRST_FUNCTION else None

@@ -139,7 +139,7 @@ def inspect(machines: Machines, uuid: str) -> VirtualMachine:
         vcpus=found.hardware.processors,
         memory=found.hardware.memory_mib * MiB,
         disks=_disks(found),
-        nics=tuple(Nic(index, one.mac, one.network) for index, one in enumerate(found.hardware.nics)),
+        nics=tuple(Nic(index, one.mac, one.network, one.slot) for index, one in enumerate(found.hardware.nics)),
         firmware=found.firmware,
         secure_boot=found.secure_boot,
         tpm=found.tpm,

@@ -193,6 +193,7 @@ def _nic(nic: Nic, number: int) -> Value:
         connectable=connect,
         controllerKey=100,
         unitNumber=7 + number,
+        slotInfo=Object("vim.vm.device.VirtualDevice.PciBusSlotInfo", [("pciSlotNumber", 192 + 32 * number)]),
         addressType=nic["address_type"],
         macAddress=nic["mac"],
         wakeOnLanEnabled=True,

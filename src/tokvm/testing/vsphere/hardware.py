@@ -159,6 +159,7 @@ def _card(nic: Nic, number: int) -> Any:
         ),
         controllerKey=PCI,
         unitNumber=7 + number,
+        slotInfo=vim.vm.device.VirtualDevice.PciBusSlotInfo(pciSlotNumber=192 + 32 * number),
         addressType=nic["address_type"],
         macAddress=nic["mac"],
     )

@@ -13,9 +13,10 @@ from tokvm.core.text import readable
 from tokvm.core.units import MiB
 from tokvm.sources.vmware.api import faults, properties
 from tokvm.sources.vmware.api.client import Client
-from tokvm.sources.vmware.api.machine import VmDisk, VmSnapshot, disks_of, networks_of, power_state, snapshots_of
+from tokvm.sources.vmware.api.machine import VmDisk, VmSnapshot, cards_of, disks_of, networks_of, power_state, snapshots_of
 from tokvm.sources.vmware.api.properties import Properties
 from tokvm.sources.vmware.api.vmomi import vim
+from tokvm.sources.vmware.hardware import plain_slot
 from tokvm.sources.vmware.machines import unescaped
 
 HARDWARE = ("name", "config", "runtime", "snapshot", "guest.toolsRunningStatus")
@@ -158,8 +159,9 @@ def _disk(index: int, disk: VmDisk) -> Disk:
 
 
 def _nics(client: Client, hardware: Any) -> Iterator[Nic]:
-    for index, (_, mac, backing) in enumerate(networks_of(hardware)):
-        yield Nic(index, mac.lower(), _network(client, backing))
+    slots = {int(card.key): getattr(card.slotInfo, "pciSlotNumber", None) for card in cards_of(hardware)}
+    for index, (key, mac, backing) in enumerate(networks_of(hardware)):
+        yield Nic(index, mac.lower(), _network(client, backing), plain_slot(slots[key]))
 
 
 def _network(client: Client, backing: Any) -> str:

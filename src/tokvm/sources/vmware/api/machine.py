@@ -166,9 +166,14 @@ def snapshots_of(tree: Any, where: str) -> list[VmSnapshot]:
 
 def networks_of(hardware: Any) -> Iterator[tuple[int, str, Any]]:
     """(device key, MAC as the server writes it, backing) of each network card, in the order of their keys."""
-    cards = [one for one in hardware.device or () if isinstance(one, vim.vm.device.VirtualEthernetCard)]
-    for card in sorted(cards, key=lambda one: int(one.key)):
+    for card in cards_of(hardware):
         yield int(card.key), str(card.macAddress or ""), card.backing
+
+
+def cards_of(hardware: Any) -> list[Any]:
+    """Network cards, in the order of their keys."""
+    cards = [one for one in hardware.device or () if isinstance(one, vim.vm.device.VirtualEthernetCard)]
+    return sorted(cards, key=lambda one: int(one.key))
 
 
 def hardware_version(text: str) -> int:
