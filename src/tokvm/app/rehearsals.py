@@ -13,7 +13,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -109,13 +109,14 @@ class Rehearser:
         self._wishes = wishes
         self._number = len(stage.book.rehearsals()) + 1
         self._timings: dict[str, float] = {}
+        self._launched: Appliance | None = None
 
     def run(self) -> dict[str, object]:
         """The document, as it is kept in the journal. TokvmError: nothing is known of the guest, nothing is kept."""
         require_frozen(self._stage.book)
         self._stage.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _cleared(self._stage.store):
-            facts, judgement = self._look()
+        with _cleared(self._stage.store), ExitStack() as stack:
+            facts, judgement = self._look(stack)
             attempts = [*self._attempts(facts, judgement)]
         document = self._document(facts, judgement, attempts)
         best = attempts[-1] if attempts else None
@@ -124,12 +125,14 @@ class Rehearser:
 
     # ---- looking
 
-    def _look(self) -> tuple[GuestFacts, Judgement]:
+    def _look(self, stack: ExitStack) -> tuple[GuestFacts, Judgement]:
+        """The appliance stays for the first way, which may need it: to boot another would take as long again."""
         self._step("inspect the guest")
         begun = time.monotonic()
         overlays = self._stage.store.begin()
-        with Appliance.launch(overlays, readonly=False, tcg=self._stage.tcg) as appliance:
-            facts = inspect(appliance, root=self._wishes.root)
+        self._launched = Appliance.launch(overlays, readonly=False, tcg=self._stage.tcg)
+        stack.callback(self._abandon)
+        facts = inspect(self._launched, root=self._wishes.root)
         self._timings["inspection"] = _since(begun)
         judgement = judge(
             facts,
@@ -185,13 +188,13 @@ class Rehearser:
 
     def _morph(self, way: Way, facts: GuestFacts, draft: Replay) -> tuple[Replay, float]:
         """The overlays as the cutover would leave the disks, and the seconds that it would spend on it in the downtime."""
-        if way not in (Way.MICRO, Way.KERNEL, Way.VIRT_V2V):
-            self._stage.store.begin()
-            return draft, 0.0
-        overlays = self._stage.store.begin()
-        if way is Way.VIRT_V2V:
-            return draft, self._convert(overlays)
-        with Appliance.launch(overlays, readonly=way is Way.KERNEL, tcg=self._stage.tcg) as appliance:
+        if way is Way.COMPATIBLE and not draft.bus:
+            raise UsageError("the guest drives no hardware that KVM could give it", fix="choose another --way")
+        if way not in (Way.MICRO, Way.KERNEL):
+            self._abandon()
+            overlays = self._stage.store.begin()
+            return draft, self._convert(overlays) if way is Way.VIRT_V2V else 0.0
+        with self._appliance() as appliance:
             module = micro_of(facts.family)
             if way is Way.KERNEL:
                 files = kernel_way(appliance, facts, self._stage.folder)
@@ -202,6 +205,16 @@ class Rehearser:
             begun = time.monotonic()
             module.apply(appliance, plan, self._stage.folder)
         return replace(draft, micro=plan.as_json()), _since(begun)
+
+    def _appliance(self) -> Appliance:
+        """The one that looked, while nothing was tried yet; else another, over fresh overlays."""
+        launched, self._launched = self._launched, None
+        return launched or Appliance.launch(self._stage.store.begin(), readonly=False, tcg=self._stage.tcg)
+
+    def _abandon(self) -> None:
+        launched, self._launched = self._launched, None
+        if launched is not None:
+            launched.abandon()
 
     def _convert(self, overlays: tuple[GuestDisk, ...]) -> float:
         if self._stage.convert is None:

@@ -1,7 +1,7 @@
 """IPv4 addresses of a Windows guest's adapters, as its registry has them, for the new adapters on KVM.
 
     Services\\Tcpip\\Parameters\\Interfaces\\{adapter}       EnableDHCP 0, IPAddress, SubnetMask, DefaultGateway, NameServer
-    Control\\NetworkSetup2\\Interfaces\\{adapter}\\Kernel     PermanentAddress: the MAC, six bytes (Windows 10, Server 2016 and later)
+    Control\\NetworkSetup2\\Interfaces\\{adapter}\\Kernel     PermanentAddress: the MAC, six bytes (Windows 10, Server 2016 …)
 
 The new adapter has the old one's MAC, and is another adapter for Windows all the same: its settings start empty. Where the
 registry does not say the MAC, one adapter with an address of its own and one NIC of the VM belong together; more are a finding.

@@ -5,11 +5,11 @@
                                    before: Control\\CriticalDeviceDatabase\\PCI#…
     Services\\storahci …            StartOverride removed and Start 0: Windows turns drivers off that it did not boot from
 
-Keys and values are virt-v2v's (convert/windows_virtio.ml, 2.2 and later), which are tried on real Windows; virt-v2v 2.2 does it for
-viostor only. Every edit can be done twice.
+Keys and values are virt-v2v's (convert/windows_virtio.ml, 2.2 and later), which are tried on real Windows; virt-v2v 2.2 does
+it for viostor only. Every edit can be done twice.
 
-hivex reads a hive's base file and knows nothing of its logs (SYSTEM.LOG1, .LOG2). After a full shutdown they hold nothing that the
-hive has not; a hive whose two sequence numbers differ was not written out, and is refused (Suhanov, "Windows registry file
+hivex reads a hive's base file and knows nothing of its logs (SYSTEM.LOG1, .LOG2). After a full shutdown they hold nothing that
+the hive has not; a hive whose two sequence numbers differ was not written out, and is refused (Suhanov, "Windows registry file
 format specification", 2019). Windows does not replay an older log over the edited hive, whose numbers are higher and equal.
 """
 
@@ -32,7 +32,7 @@ INBOX = ("storahci", "stornvme", "intelide", "atapi", "msahci", "lsi_sas", "pvsc
 """Drivers of hardware that QEMU has too. Only those that the guest has are touched."""
 
 # The package's version record: without it Windows 10's and Server 2016's PnP ignores the package. Ends with the class GUID.
-_VERSION = bytes.fromhex("00ff090000000000" "7be9364d25e3ce11" "bfc108002be10318") + bytes(24)
+_VERSION = bytes.fromhex("00ff0900000000007be9364d25e3ce11bfc108002be10318") + bytes(24)
 _MATCHES = b"\x01\xff\x00\x00"
 BASE_BLOCK = 512
 
