@@ -8,9 +8,9 @@ lab_packages=(
     python3 python3-venv python3-libvirt python3-libnbd openssh-client openssh-server openssh-sftp-server
     qemu-system-x86 qemu-utils seabios libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients
     busybox-static grub-pc-bin grub-common e2fsprogs fdisk cpio kmod xz-utils zstd util-linux libxml2-utils
-    python3-guestfs virt-v2v mmdebstrap ovmf
+    python3-guestfs virt-v2v mmdebstrap uidmap ovmf ntfs-3g
 )
-dev_packages=(git strace libvhdi-utils python3-libvhdi nbdkit samba openssl ntfs-3g libwin-hivex-perl python3-hivex osslsigncode)
+dev_packages=(git strace libvhdi-utils python3-libvhdi nbdkit samba openssl libwin-hivex-perl python3-hivex osslsigncode)
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }

@@ -178,6 +178,8 @@ class EsxPlace(OverSsh):
     """merge_s: how long a consolidation takes."""
 
     name = "esx"
+    ha_can_be_told = False
+    """To leave the VM alone."""
 
     def __init__(self, folder: Path, *, merge_s: float = 0.0, store: str = "VMFS-6") -> None:
         machine = esxi.MachineSpec(VM, disks=[esxi.DiskSpec(size) for size in SIZES], autostart=esxi.AutostartSpec())
@@ -245,6 +247,7 @@ class VspherePlace(EsxPlace):
         self.name = "vcenter" if vcenter else "hostd"
         self.vsphere = VSphere(self.host, vcenter=vcenter, denied=list(denied))
         self.states = ("state.json", f"{self.name}/state.json")
+        self.ha_can_be_told = vcenter and not denied
         self._ssh = ssh
 
     @property

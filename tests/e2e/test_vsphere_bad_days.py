@@ -14,6 +14,7 @@ from tests.e2e.esx_days import (
     FENCE,
     LOST,
     NEEDS_PERSON,
+    NOT_OFF,
     OFF,
     ROLLED_BACK,
     START,
@@ -129,10 +130,10 @@ def test_a_session_that_ends(bench: Bench, place: VspherePlace, at: str) -> None
     cases(("hostd",), WINDOW, daily=[]),
 )
 def test_a_management_service_that_restarts(bench: Bench, place: VspherePlace, host: EsxHost, at: str) -> None:
-    """Connections, sessions and tasks are gone, also one that has not acted yet."""
+    """Connections, sessions and tasks are gone, also one that has not acted yet; the guest was not asked, perhaps."""
     bench.synced()
     ended = bench.cutover(meanwhile=Meanwhile(at, place.vsphere.restart), patience_s=6.0)
-    assert ended.code in (0, LOST, ROLLED_BACK), ended.stderr
+    assert ended.code in (0, LOST, ROLLED_BACK) or (ended.code, at) == (NOT_OFF, STOP), ended.stderr
     assert ordered_once(host)
     bench.go_home(ended)
 

@@ -29,7 +29,7 @@ keyUsage=critical,keyCertSign,cRLSign
 """
 
 
-def run(*argv: str | Path, input_bytes: bytes = b"") -> bytes:
+def run(*argv: object, input_bytes: bytes = b"") -> bytes:
     done = subprocess.run([str(one) for one in argv], input=input_bytes, capture_output=True, timeout=120)
     assert done.returncode == 0, (argv, done.stderr[-800:], done.stdout[-300:])
     return done.stdout

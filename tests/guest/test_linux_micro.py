@@ -230,6 +230,8 @@ def test_what_changed_since_the_rehearsal_is_refused_before_anything_is_written(
     change(lab)
 
     with pytest.raises(GuestError, match="changed since the rehearsal"):
+        linux_micro.check(lab.appliance, planned)
+    with pytest.raises(GuestError, match="changed since the rehearsal"):
         lab.apply(planned)
 
     assert lab.g.writes == []
@@ -366,6 +368,16 @@ def test_the_next_build_of_the_initramfs_keeps_virtio(generator: str, path: str,
     assert (lab.root / path.lstrip("/")).read_text() == line
 
 
+def test_a_file_whose_folder_is_not_there_is_not_planned(lab: Lab) -> None:
+    """Nobody would read it; seen on a guest that has initramfs-tools' name and nothing else of it."""
+    shutil.rmtree(lab.root / "etc")
+    planned = lab.plan()
+    lab.apply(planned)
+
+    assert len(planned.initrds) == 1
+    assert planned.files == ()
+
+
 def test_only_what_is_written_to_is_mounted_in_the_window(lab: Lab) -> None:
     mounts = {
         "/": "/dev/vg/root",
@@ -430,6 +442,10 @@ def test_it_boots_on_virtio_only_after_the_morph_and_still_on_ide(tmp_path: Path
     assert "ALERT! UUID=" in boot(guest.disk, "virtio-blk", DirectKernelFiles(guest.kernel, guest.initrd, guest.command_line))
 
     with Appliance.launch([GuestDisk(str(guest.disk))], readonly=False, tcg=tcg) as appliance:
+        with mounted(appliance, facts.mounts):
+            for file in (MODULES, LINK):
+                appliance.g.mkdir_p(file.rpartition("/")[0])
+            appliance.g.write(MODULES, MODULES_BEFORE.encode())
         planned = linux_micro.plan(appliance, facts, tmp_path, names=NAMES)
         direct = kernel_way(appliance, facts, tmp_path)
         linux_micro.ready(appliance, planned)
@@ -442,6 +458,10 @@ def test_it_boots_on_virtio_only_after_the_morph_and_still_on_ide(tmp_path: Path
             path = planned.initrds[0].path
             assert appliance.read(path) == direct.initrd.read_bytes()
             assert appliance.g.statns(path)["st_mode"] & 0o7777 == 0o644
+            assert {file.path: appliance.read(file.path).decode() for file in planned.files} == {
+                file.path: file.content for file in planned.files
+            }
+            assert {MODULES, LINK} == {file.path for file in planned.files}
 
     assert "root=vda1" in boot(guest.disk, "virtio-blk")
     assert "root=sda1" in boot(guest.disk, "ide", direct)

@@ -31,6 +31,8 @@ from tokvm.targets.open import TargetSpec, open_target
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 SIZE = 2 * MiB + 1536
+BETWEEN = MiB + 12 * KiB
+"""Not in a cell that is looked at."""
 NEW = {4096: 8192, 300 * KiB: 100 * KiB, SIZE - 512: 512}
 
 
@@ -191,7 +193,7 @@ def test_each_step_is_on_the_medium_before_the_next(place: Place, monkeypatch: p
 def test_a_disk_that_was_written_below_the_morph_is_not_committed_to(place: Place) -> None:
     store = place.morphed()
     with place.path.open("r+b") as file:
-        file.seek(MiB + 5)
+        file.seek(BETWEEN + 5)
         file.write(b"!")
     now = place.path.read_bytes()
     with pytest.raises(GuestError, match="changed below"):
@@ -218,7 +220,7 @@ def test_a_device_that_was_written_below_the_morph_is_not_committed_to(loop: Cal
     place = Place(device, tmp_path / "morph")
     store = place.morphed()
     target = open_target(TargetSpec(str(device), force=True, confirm=str(SIZE)), size=SIZE)
-    target.write(MiB + 64 * KiB, memoryview(b"!" * 512))
+    target.write(BETWEEN, memoryview(b"!" * 512))
     target.flush()
     target.close()
     with pytest.raises(GuestError, match="changed below"):
@@ -231,6 +233,7 @@ def test_cells_are_inside_and_at_both_ends(size: int) -> None:
     assert cells[0] == 0
     assert cells[-1] == (size - 1) // 4096 * 4096
     assert len(cells) <= 73
+    assert BETWEEN not in canary.cell_offsets(SIZE)
 
 
 def test_another_file_under_the_name_gets_nothing(place: Place) -> None:

@@ -36,7 +36,9 @@ class Played:
         self.said: list[list[str]] = []
         self.answers: dict[str, Finished] = {
             "rehearse": Finished(0, dict(REHEARSED)),
-            "cutover": Finished(0, {"predicted_downtime_s": 9, "predicted_parts": {"stop": 2.0}}),
+            "cutover": Finished(
+                0, {"predicted_downtime_s": 9, "predicted_parts": {"stop": {"seconds": 2, "basis": "assumed"}}}
+            ),
         }
         self.leaks = False
 

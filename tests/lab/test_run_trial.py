@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from tokvm.core.units import MiB
+from tokvm.core.units import KiB, MiB
 from tokvm.lab import home as homes
+from tokvm.lab.errors import LabError
 from tokvm.lab.run import down, run
-from tokvm.lab.settings import SOURCES, LabSettings
+from tokvm.lab.settings import SOURCES, GuestKind, LabSettings
 from tokvm.lab.source_vm import SourceVm
 from tokvm.testing import pids
 from tokvm.testing.xenserver.host import XenHost
@@ -58,6 +59,35 @@ def test_a_running_guest_is_migrated_and_nothing_is_left_behind(root: Path, sour
     assert 0 < times["total"] < 600
     assert list(root.iterdir()) == []
     assert said
+
+
+@pytest.mark.parametrize(
+    "guest",
+    [
+        GuestKind.MINI_NO_VIRTIO,
+        pytest.param(GuestKind.DEBIAN_NO_VIRTIO, marks=[pytest.mark.nightly, pytest.mark.timeout(3600)]),
+    ],
+)
+def test_a_guest_without_virtio_is_rehearsed_morphed_and_moved(root: Path, guest: GuestKind, tmp_path: Path) -> None:
+    report = run(LabSettings(guest=guest, rehearse=True, passes=2, write_rate=64 * KiB, pictures=tmp_path / "pictures"))
+    assert report.exit_code == 0, report.text
+    document = json.loads(json.dumps(report.document))
+    assert (document["outcome"], document["ledger"]["lost"]) == ("migrated", 0)
+    assert document["target"]["root"].startswith("vda")
+    rehearsal, foretold = document["rehearsal"], document["predicted"]
+    assert (rehearsal["works"], rehearsal["verdict"], rehearsal["proof"]["sign"]) == (True, "micro-morph", "serial")
+    assert set(document["downtime_s"]) == {"total", "stop", "delta", "morph", "start", "boot"}
+    assert foretold["total"] == pytest.approx(sum(value for part, value in foretold.items() if part != "total"), abs=0.01)
+    assert rehearsal["timings"]["boot"] > 0
+    assert Path(rehearsal["screenshot"]).parent == tmp_path / "pictures"
+    assert Path(rehearsal["screenshot"]).read_bytes().startswith(b"\x89PNG")
+    assert list(root.iterdir()) == []
+
+
+def test_a_guest_that_never_boots_is_not_moved(root: Path) -> None:
+    with pytest.raises(LabError, match="never boots"):
+        run(LabSettings(guest=GuestKind.WINDOWS_PHONY))
+    assert not root.exists()
 
 
 def test_a_failed_migration_is_reported_as_failed_and_cleaned_up(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

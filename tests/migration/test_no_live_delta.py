@@ -74,6 +74,23 @@ def test_a_death_around_the_refusal_is_no_obstacle(make_rig: Callable[..., Any],
     raise AssertionError("it never came to an end")
 
 
+@pytest.mark.usefixtures("base_only")
+def test_a_base_that_has_to_be_copied_anew_is_not_kept_from_it_by_our_older_snapshots(rig: Any) -> None:
+    """The final delta's snapshot was removed by somebody when a part of it was copied, say."""
+    rig.begin()
+    rig.migration().sync(passes=None)
+    (old,) = rig.world.snapshots
+    book_of(rig).void_passes()
+    again = rig.migration().sync(passes=None)
+    assert [(one.kind, one.done) for one in again.passes] == [("base", True)]
+    assert again.stopped_by is StopCause.WAITS
+    assert len(rig.world.snapshots) == 1
+    assert old not in rig.world.snapshots
+    rig.world.guests_write()
+    assert rig.migration().cutover().outcome == "committed"
+    assert rig.world.violations == []
+
+
 def test_no_way_at_all_to_the_base_is_an_error(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def open_disk(*_: object) -> object:
         raise NoLiveDelta("nothing can be read")

@@ -98,6 +98,9 @@ def test_one_host_alone_says_that_the_vm_may_be_elsewhere(make: Make) -> None:
     with pytest.raises(UsageError, match="there is no VM") as caught:
         rig.connect().power(rig.uuid)
     assert "or its vCenter" in caught.value.fix
+    with pytest.raises(UsageError, match="there is no VM") as caught:
+        rig.connect().find(rig.uuid)
+    assert "or its vCenter" in caught.value.fix
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -120,6 +121,7 @@ def unmorph(paths: Sequence[str], state_dir: Path, *, forget: bool) -> tuple[Und
                 store.forget()
             else:
                 results.append(store.undo())
+            shutil.rmtree(folder, ignore_errors=True)  # while its lock is held: segments and logs are of no use any more
         disks += [disk.path for disk in recorded]
     worst = next(one for one in (Undone.TOUCHED, Undone.EXACT, Undone.NOTHING) if one in results)
     return worst, tuple(disks)

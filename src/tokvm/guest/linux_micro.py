@@ -137,7 +137,7 @@ def _for_next_time(appliance: Appliance, generator: str, *, needed: bool) -> lis
     """What keeps virtio in the initramfs when the guest builds it anew."""
     if not needed:
         return []
-    if generator == "initramfs-tools":
+    if generator == "initramfs-tools" and _has_folder(appliance, MODULES_FILE):
         old = read_if_there(appliance, MODULES_FILE, SMALL_FILE)
         text = (old or b"").decode("utf-8", "surrogateescape")
         lines = [name for name in _DRIVERS if name not in text.split()]
@@ -157,11 +157,15 @@ def _links(appliance: Appliance, names: Mapping[str, str]) -> list[PlannedFile]:
 
 def _if_folder(appliance: Appliance, file: PlannedFile) -> list[PlannedFile]:
     """The file over what is there now; nothing where its folder is missing, for then nobody would read it."""
-    with appliance.translated("cannot look for a folder"):
-        if not appliance.g.is_dir(posixpath.dirname(file.path), followsymlinks=True):
-            return []
+    if not _has_folder(appliance, file.path):
+        return []
     old = read_if_there(appliance, file.path, SMALL_FILE)
     return [PlannedFile(file.path, file.content, sha256(old) if old is not None else "")]
+
+
+def _has_folder(appliance: Appliance, path: str) -> bool:
+    with appliance.translated("cannot look for a folder"):
+        return bool(appliance.g.is_dir(posixpath.dirname(path), followsymlinks=True))
 
 
 def _folders(initrds: Iterable[PlannedInitrd]) -> list[str]:

@@ -1,7 +1,8 @@
 """A lab guest that is a real Debian (or Ubuntu): GRUB, a distribution's kernel, initramfs-tools, systemd, an agent.
 
     before 1 MiB   GRUB: boot_disk.py
-    1 MiB …        ext4 of debian_root.py's files; of this disk: /etc/fstab, /etc/lab.conf, /boot/grub/grub.cfg …
+    1 MiB …        ext4: debian_root.py's files (the cached root, the ledger client), and this disk's own: /etc/fstab,
+                   /etc/lab.conf, /boot/grub/grub.cfg …
 
 It boots from its disk by BIOS on IDE, pvscsi or NVMe, and on virtio stops in the initramfs: nobody told that of virtio. What it
 does is the mini guest's (data/ledger_client.sh), so the outside clock understands it as it is. /etc/fstab names the root by
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from tokvm.core.units import KiB, MiB
 from tokvm.lab.boot_disk import PARTITION_OFFSET, PRIVATE_USERS, grub_config, make_bootable, make_ext4, partitioned
-from tokvm.lab.debian_root import debian_root, kernel_version
+from tokvm.lab.debian_root import debian_root, kernel_version, ledger_tree, pack
 from tokvm.lab.errors import LabError
 from tokvm.lab.guest_image import BiosGuest, GuestSettings
 from tokvm.lab.programs import run_program
@@ -28,7 +29,7 @@ SMALLEST = 640 * MiB
 INODES = 32768
 JOURNAL = 16 * MiB
 TITLE = "Debian GNU/Linux"
-KERNEL_WORDS = "ro console=ttyS0 quiet panic=1 mitigations=off audit=0"
+KERNEL_WORDS = "ro console=ttyS0 quiet mitigations=off audit=0"
 _NAMESPACE = uuid.UUID("0b9a4a9e-58f3-4c39-9a59-6a5f0e2f7c11")
 
 
@@ -44,7 +45,10 @@ def build_debian(
         folder = Path(work)
         tree, new = folder / "root", folder / "disk"
         partitioned(new, size)
-        _unpack(root, tree)
+        pack(ledger_tree(), folder / "ledger.tar")
+        tree.mkdir()
+        for part in (root, folder / "ledger.tar"):
+            _unpack(part, tree)
         make_ext4(
             new,
             tree,
@@ -73,11 +77,10 @@ def _own_files(settings: GuestSettings, version: str, root_uuid: str, *, work_ki
     }
 
 
-def _unpack(root: Path, tree: Path) -> None:
+def _unpack(packed: Path, tree: Path) -> None:
     """With the owners that the tar names. /dev is the kernel's (devtmpfs), and a user may not make devices."""
-    tree.mkdir()
     run_program(
-        [*_as_root(), "tar", "-x", "--numeric-owner", "--exclude=./dev/*", "-f", str(root), "-C", str(tree)],
+        [*_as_root(), "tar", "-x", "--numeric-owner", "--exclude=./dev/*", "-f", str(packed), "-C", str(tree)],
         package="tar",
         timeout_s=600,
     )

@@ -4,7 +4,7 @@
 
 Made from the host's own release and apt sources (Debian, or Ubuntu with its names): `apt-get indextargets` says which. An
 initramfs with an explicit list of modules (`MODULES=list`) stands for what `MODULES=dep` leaves on IDE or pvscsi: no virtio.
-The lab's ledger client is a systemd unit in it. With root or without (mmdebstrap then makes a user namespace).
+With root or without (mmdebstrap then makes a user namespace).
 
 mmdebstrap takes four minutes, the only slow part; the tar is about 300 MB.
 """
@@ -39,12 +39,14 @@ MASKED = (
     *("apt-daily.timer", "apt-daily-upgrade.timer", "e2scrub_all.timer", "e2scrub_reap.service", "fstrim.timer"),
     *("dpkg-db-backup.timer", "systemd-binfmt.service", "systemd-firstboot.service", "systemd-pstore.service"),
 )
+# IgnoreSIGPIPE: a client whose connection broke has to end, so that the next one is begun.
 UNIT = """[Unit]
 Description=The lab's ledger: numbered, acknowledged writes
 
 [Service]
 Environment=APPLETS=/opt/ledger/bin
 ExecStart=/opt/ledger/ledger-client
+IgnoreSIGPIPE=no
 TimeoutStopSec=30
 
 [Install]
@@ -94,8 +96,7 @@ def kernel_version(root: Path) -> str:
 def recipe(release: Release) -> str:
     """A name for all that the tar is made from, except the day's packages."""
     parts = [release.codename, release.kernel, *PACKAGES, *LEFT_OUT, str(EPOCH)]
-    for tree in (_early_tree(), _late_tree()):
-        parts += [f"{path}={content!r}" for path, content in tree.items()]
+    parts += [f"{path}={content!r}" for path, content in _early_tree().items()]
     return f"{release.codename}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
 
 
@@ -119,11 +120,9 @@ def host_release() -> Release:
 
 
 def _bootstrap(release: Release, work: Path, out: Path) -> None:
-    """The early files are there before the kernel's package makes its initramfs; the late ones replace what packages brought,
-    and only those may be links or in folders of packages."""
-    early, late, sources = work / "early.tar", work / "late.tar", work / "sources.list"
-    _pack(_early_tree(), early)
-    _pack(_late_tree(), late)
+    """The early files are there before the kernel's package makes its initramfs."""
+    early, sources = work / "early.tar", work / "sources.list"
+    pack(_early_tree(), early)
     sources.write_text("".join(f"{line}\n" for line in release.sources))
     argv = [
         *("mmdebstrap", "--quiet", "--variant=minbase", "--mode=auto", "--format=tar"),
@@ -131,7 +130,6 @@ def _bootstrap(release: Release, work: Path, out: Path) -> None:
         *('--aptopt=Apt::Install-Recommends "false"', '--aptopt=Acquire::Languages "none"', "--dpkgopt=force-unsafe-io"),
         *(f"--dpkgopt=path-exclude={pattern}" for pattern in LEFT_OUT),
         f"--setup-hook=tar-in {shlex.quote(str(early))} /",
-        f"--customize-hook=tar-in {shlex.quote(str(late))} /",
         *(release.codename, str(out), str(sources)),
     ]
     log.info("making the root file system of a real %s; this takes minutes, once", release.codename)
@@ -145,8 +143,8 @@ def _early_tree() -> Tree:
     }
 
 
-def _late_tree() -> Tree:
-    """The disk's own files (fstab, grub.cfg, lab.conf, machine-id, hostname) come with the disk: debian_guest.py."""
+def ledger_tree() -> Tree:
+    """The ledger client and its surroundings: unpacked over the cached root, so that a change of them needs no new one."""
     return {
         "etc/hosts": b"127.0.0.1 localhost\n",
         "etc/ledger.awk": script("ledger.awk"),
@@ -164,7 +162,7 @@ def _applets() -> list[str]:
     return run_program(["busybox", "--list"], package="busybox-static").decode().split()
 
 
-def _pack(tree: Tree, out: Path) -> None:
+def pack(tree: Tree, out: Path) -> None:
     """The folders above are those of the packages, or made by whoever unpacks."""
     with tarfile.open(out, "w") as tar:
         for path, content in tree.items():

@@ -62,11 +62,13 @@ def move(move: Move) -> Moved:
 
 
 def predicted(moved: Moved) -> dict[str, float]:
-    """The downtime as tokvm saw it coming, by its last word on it: `total` and parts, in seconds."""
+    """The downtime as tokvm saw it coming, by its last word on it: `total` and parts, in seconds. predicted_parts is
+    part → {seconds, basis}."""
     for document in (moved.done.document, moved.rehearsal):
         total, parts = document.get("predicted_downtime_s"), document.get("predicted_parts")
         if isinstance(total, int | float):
-            return {"total": float(total), **(parts if isinstance(parts, dict) else {})}
+            rows = parts.items() if isinstance(parts, dict) else ()
+            return {"total": float(total), **{part: float(row["seconds"]) for part, row in rows if isinstance(row, dict)}}
     return {}
 
 

@@ -30,13 +30,16 @@ DISK_SIZES = {
     GuestKind.WINDOWS_PHONY: 256 * MiB,
 }
 
+BOOT_TIMEOUTS_S = {GuestKind.DEBIAN_NO_VIRTIO: 1200.0}
+BOOT_TIMEOUT_S = 300.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabSettings:
     """write_rate: bytes/s that each guest's background writer makes. link_rate: bytes/s between source and tokvm, None for
-    as fast as loopback; rtt_s: added to each round trip. passes: base and deltas before the cutover's final delta. disk_size:
-    0 for what the guest needs. rehearse: sync, rehearse, cut over, instead of migrate; way: how the cutover has to make the
-    guest boot, None for the rehearsal's best. pictures: a folder for what the rehearsals saw.
+    as fast as loopback; rtt_s: added to each round trip. passes: base and deltas before the cutover's final delta. disk_size
+    and boot_timeout_s: 0 for what the guest needs. rehearse: sync, rehearse, cut over, instead of migrate; way: how the cutover
+    has to make the guest boot, None for the rehearsal's best. pictures: a folder for what the rehearsals saw.
     """
 
     source: str = "xenserver"
@@ -50,7 +53,7 @@ class LabSettings:
     rehearse: bool = False
     way: Way | None = None
     pictures: Path | None = None
-    boot_timeout_s: float = 300.0
+    boot_timeout_s: float = 0.0
     migrate_timeout_s: float = 1800.0
 
     def __post_init__(self) -> None:
@@ -70,6 +73,8 @@ class LabSettings:
             raise LabError(f"the lab cannot have {', '.join(wrong)}")
         if not self.disk_size:
             object.__setattr__(self, "disk_size", DISK_SIZES[self.guest])
+        if not self.boot_timeout_s:
+            object.__setattr__(self, "boot_timeout_s", BOOT_TIMEOUTS_S.get(self.guest, BOOT_TIMEOUT_S))
 
     @property
     def staged(self) -> bool:

@@ -71,12 +71,14 @@ def _facts(tree: Tree, place: BootPlace, root: str, mounts: dict[str, str]) -> G
 def _mount_points(tree: Tree, root: str) -> dict[str, str]:
     with tree.appliance.translated("cannot tell what the guest mounts"):
         found: Mapping[str, str] = tree.appliance.g.inspect_get_mountpoints(root)
-    return {point: device for point, device in sorted(found.items())[:64] if point.startswith("/")} or {"/": root}
+    mounts = {point: device for point, device in sorted(found.items())[:64] if point.startswith("/")}
+    # fstab's UUID of / leads to the wrong disk where the VM also has a clone of its system disk.
+    return mounts | {"/": root}
 
 
 def _mount(tree: Tree, mounts: dict[str, str]) -> None:
     """The root must mount; another file system that does not is a problem, and is left out of `mounts`."""
-    tree.appliance.mount({"/": mounts.get("/", "")})
+    tree.appliance.mount({"/": mounts["/"]})
     for point in sorted(set(mounts) - {"/"}, key=len):
         try:
             tree.appliance.mount({point: mounts[point]})

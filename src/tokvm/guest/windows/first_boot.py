@@ -10,8 +10,8 @@ for every guest, and the data beside them are addresses, thumbprints and checked
 
 How the service runs the script. A service's program has to answer the service control manager within 30 s, and neither cmd.exe
 nor PowerShell can. With rhsrvany.exe (virt-v2v's tool, given by the operator in $VIRT_TOOLS_DATA_DIR) the script is that
-program's child. Without it the service is `cmd.exe /c start … cmd.exe /c first-boot.cmd`: the started shell is not the service's
-process, so it lives on when the manager gives the service up (error 1053; events 7000 and 7009 in the system log, once).
+program's child. Without it the service is `cmd.exe /c start … cmd.exe /c first-boot.cmd`: the started shell is not the
+service's process, so it lives on when the manager gives the service up (error 1053; events 7000, 7009 in the system log, once).
 Neither was tried on a real Windows by this project: docs/field-notes.md.
 """
 

@@ -115,10 +115,17 @@ console "$ready"
 
 # --- the end: any event of a device called power button, or systemd's signal
 trap ': >$run/stop' TERM
-for input in /sys/class/input/event*; do
-    read -r name <"$input/device/name" || continue
-    [ "$name" = "Power Button" ] && { head -c 1 "/dev/input/${input##*/}" >/dev/null && : >$run/button >$run/stop; } &
-done
+watch_buttons() {
+    watched=
+    for input in /sys/class/input/event*; do
+        [ -e "$input/device/name" ] && read -r name <"$input/device/name" || continue
+        [ "$name" = "Power Button" ] || continue
+        { head -c 1 "/dev/input/${input##*/}" >/dev/null && : >$run/button >$run/stop; } &
+        watched=1
+    done
+    [ "$watched" ]
+}
+{ until watch_buttons; do pause 1; done; } &       # udev may come to its driver later than to us
 [ "$changed" ] && {
     echo "guest=$guest port=$port write_rate=$write_rate ledger_s=$ledger_s heartbeat_s=$heartbeat_s" \
         "data_disks=$data_disks work_kib=$work_kib" >/etc/lab.conf.new && sync /etc/lab.conf.new && mv /etc/lab.conf.new /etc/lab.conf

@@ -19,7 +19,15 @@ KEPT = 8
 
 
 def freeze(work: Work, vm: VirtualMachine, kind: PassKind) -> SnapshotRecord:
-    """A new snapshot of all disks."""
+    """A new snapshot of all disks. For a new base none of ours is needed: where one that stands is in its way, all go first."""
+    try:
+        return make(work, vm, work.book.snapshot_intended(kind))
+    except NoLiveDelta:
+        useless = [one for one in work.book.snapshots() if one.state is SnapshotState.MADE]
+        if kind is not PassKind.BASE or not useless:
+            raise
+    for one in useless:
+        remove(work, one)
     return make(work, vm, work.book.snapshot_intended(kind))
 
 

@@ -85,8 +85,7 @@ class Machines:
             return known
         found = [row for row in self.rows() if row.uuid == uuid]
         if not found:
-            elsewhere = "" if self._client.is_vcenter else "; in a cluster, name the host that runs it, or its vCenter"
-            raise UsageError(f"there is no VM {uuid}", where=self._client.where, fix=f"see `tokvm ls`{elsewhere}")
+            raise UsageError(f"there is no VM {uuid}", where=self._client.where, fix=absent(self._client))
         if len(found) > 1:
             names = ", ".join(f"{readable(row.name, limit=60)!r} ({row.ref._GetMoId()})" for row in found)
             raise SourceError(
@@ -126,6 +125,11 @@ class Machines:
             snapshots=tuple(snapshots_of(found.get("snapshot"), where)),
             tools=str(found.get("guest.toolsRunningStatus") or ""),
         )
+
+
+def absent(client: Client) -> str:
+    """What to do about a VM that is not there."""
+    return "see `tokvm ls`" + ("" if client.is_vcenter else "; in a cluster, name the host that runs it, or its vCenter")
 
 
 def inspect(client: Client, machines: Machines, uuid: str) -> VirtualMachine:

@@ -78,7 +78,11 @@ class VsphereSource:
             self._machines.ref(wanted)  # refuses when two have it
             return wanted
         return only_one_called(
-            name_or_uuid, machines, where=self.url, absent="see `tokvm ls`", several="name the VM by its uuid"
+            name_or_uuid,
+            machines,
+            where=self.url,
+            absent=inventory.absent(self._client),
+            several="name the VM by its uuid",
         )
 
     def inspect(self, uuid: str) -> VirtualMachine:
