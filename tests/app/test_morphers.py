@@ -80,10 +80,9 @@ def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Guest:
             found.log.append("close")
 
     class FakeMicro:
-        class MicroPlan:
-            @staticmethod
-            def parse(raw: dict[str, Any]) -> dict[str, Any]:
-                return raw
+        @staticmethod
+        def parse(family: str, raw: dict[str, Any]) -> dict[str, Any]:
+            return raw
 
         @staticmethod
         def check(appliance: FakeAppliance, plan: object) -> None:
@@ -100,7 +99,7 @@ def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Guest:
             change(appliance.disks[0], "write -P 9 0 4096")
 
     monkeypatch.setattr(morphers, "Appliance", FakeAppliance)
-    monkeypatch.setattr(morphers, "micro_of", lambda family: FakeMicro)
+    monkeypatch.setattr(morphers, "micro", FakeMicro)
     return found
 
 

@@ -65,15 +65,20 @@ class FakeMicro:
 
     broken = False
 
+    @staticmethod
+    def windows_drivers_at_hand(virtio_win: str | None) -> bool:
+        return False
+
     @dataclass(frozen=True)
     class Plan:
         def as_json(self) -> dict[str, Any]:
             return {"initrds": ["/boot/initrd.img"]}
 
-    def plan(self, appliance: FakeAppliance, facts: GuestFacts, folder: Path) -> Plan:
+    def plan(self, appliance: FakeAppliance, facts: GuestFacts, folder: Path, **_: Any) -> Plan:
         return self.Plan()
 
-    def apply(self, appliance: FakeAppliance, plan: Plan, folder: Path) -> None:
+    def apply(self, appliance: FakeAppliance, plan: Plan, folder: Path, *, throw_away: bool) -> None:
+        assert throw_away
         if self.broken:
             raise GuestError("/boot is full", where="/boot")
         change(appliance.disks[0], "write -P 9 0 4096")
@@ -127,7 +132,7 @@ def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Setting
     monkeypatch.setattr(rehearsals, "Appliance", FakeAppliance)
     monkeypatch.setattr(rehearsals, "inspect", lambda appliance, root: found.facts)
     monkeypatch.setattr(rehearsals, "judge", lambda facts, disks, **_: found.judgement)
-    monkeypatch.setattr(rehearsals, "micro_of", lambda family: micro)
+    monkeypatch.setattr(rehearsals, "micro", micro)
     yield found
     assert disk.read_bytes() == BYTES, "a rehearsal writes nothing to the synced disk"
     assert not (found.folder / "trial").exists(), "its overlays are gone"

@@ -82,18 +82,20 @@ def test_a_file_that_is_not_there_yet_says_nothing(log: SerialLog) -> None:
     assert log.tail == ""
 
 
-def test_lines_come_once_and_a_prompt_grows(log: SerialLog) -> None:
-    write(log, b"one\r\n\r\ntwo\nweb log")
-    assert log.new_lines() == ["one", "two", "web log"]
-    write(log, b"in: ")
+def test_lines_come_once_and_a_prompt_when_it_stands(log: SerialLog) -> None:
+    write(log, b"one\r\n\r\ntwo\nLast login: ")
+    assert log.new_lines() == ["one", "two"]
+    write(log, b"Mon\nweb login: ")
+    assert log.new_lines() == ["Last login: Mon"]
     assert log.new_lines() == ["web login: "]
     write(log, b"root\nthree")
-    assert log.new_lines() == ["web login: root", "three"]
+    assert log.new_lines() == ["web login: root"]
+    assert log.new_lines() == ["three"]
 
 
 def test_escapes_are_left_out_even_when_they_come_in_pieces(log: SerialLog) -> None:
     write(log, b"\x1bc\x1b[2J\x1b[01;01HSeaBIOS\x1b[3;1H\x1b[0mgrub rescue> \x1b[?2")
-    assert log.new_lines()[:1] == ["SeaBIOS"]
+    assert log.new_lines() == ["SeaBIOS"]
     write(log, b"5h\nnext \xff\x07\n")
     assert log.new_lines() == ["grub rescue> ", "next \ufffd\x07"]
     assert log.tail == "SeaBIOS\ngrub rescue> \nnext \ufffd\\x07"

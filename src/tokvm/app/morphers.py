@@ -13,14 +13,13 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tokvm.app.ways import Replay
 from tokvm.core.errors import TokvmError
 from tokvm.domain.base import DomainPlan
-from tokvm.guest import linux_micro
+from tokvm.guest import micro
 from tokvm.guest.appliance import Appliance
-from tokvm.guest.base import GuestDisk, GuestError, OsFamily, Way
+from tokvm.guest.base import GuestDisk, GuestError, Way
 from tokvm.guest.morph_record import MorphState
 from tokvm.guest.morph_store import MorphStore, Undone
 
@@ -29,15 +28,6 @@ log = logging.getLogger(__name__)
 Note = Callable[[str], None]
 Convert = Callable[[tuple[GuestDisk, ...]], object]
 """virt-v2v-in-place on these overlays."""
-
-
-def micro_of(family: str) -> Any:
-    """The module that plans and applies micro-morphs of this family (`plan`, `check`, `apply` of the same shape)."""
-    if family != OsFamily.WINDOWS:
-        return linux_micro
-    from tokvm.guest.windows import micro
-
-    return micro
 
 
 @dataclass(slots=True)
@@ -90,9 +80,8 @@ class WayMorpher:
     def _refuse_changed(self) -> None:
         """The guest as of the last pass, in an appliance of its own that keeps nothing: a kernel that was installed since the
         rehearsal is found while the source runs, not in the downtime."""
-        module = micro_of(self.replay.family)
         with Appliance.launch(self.store.disks, readonly=True, tcg=self.tcg) as appliance:
-            module.check(appliance, module.MicroPlan.parse(self.replay.micro))
+            micro.check(appliance, self._plan())
 
     def _launch_ahead(self) -> None:
         """Booting the appliance is most of a micro-morph's time, so it is done before the stop. Its overlays stay empty until
@@ -100,12 +89,9 @@ class WayMorpher:
         overlays = self.store.begin(shared=True)
         appliance = Appliance.launch(overlays, readonly=False, tcg=self.tcg)
         self._appliance = appliance
-        module = micro_of(self.replay.family)
-        module.ready(appliance, module.MicroPlan.parse(self.replay.micro))
+        micro.ready(appliance, self._plan())
 
     def _micro(self) -> None:
-        module = micro_of(self.replay.family)
-        plan = module.MicroPlan.parse(self.replay.micro)
         appliance, self._appliance = self._appliance, None
         begun = time.monotonic()
         if appliance is None:
@@ -114,10 +100,15 @@ class WayMorpher:
             self.store.renew()
             appliance.forget()
         with appliance:
-            module.apply(appliance, plan, self.folder)
+            micro.apply(appliance, self._plan(), self.folder)
         applied = time.monotonic()
         self.store.commit()
         log.info("micro-morph: %.2f s in the appliance, %.2f s to commit", applied - begun, time.monotonic() - applied)
+
+    def _plan(self) -> micro.MicroPlan:
+        if self.replay.micro is None:
+            raise GuestError("the rehearsal left no plan of a micro-morph", fix="rehearse again")
+        return micro.parse(self.replay.family, self.replay.micro)
 
     def _convert(self) -> None:
         if self.convert is None:

@@ -18,11 +18,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from tokvm.app.morphers import Convert, micro_of
+from tokvm.app.morphers import Convert
 from tokvm.app.ways import Replay, hardware_of, loader_of
 from tokvm.core.errors import TokvmError, UsageError
 from tokvm.core.machine import Severity
 from tokvm.domain.base import PROOFS, DomainPlan, LifeSigns, Outcome
+from tokvm.guest import micro
 from tokvm.guest.appliance import Appliance
 from tokvm.guest.base import GuestDisk, GuestFacts, Judgement, OsFamily, Way
 from tokvm.guest.inspection import inspect
@@ -138,7 +139,7 @@ class Rehearser:
             facts,
             len(self._stage.store.disks),
             firmware=self._stage.plan.vm.firmware,
-            windows_drivers=bool(self._wishes.virtio_win),
+            windows_drivers=micro.windows_drivers_at_hand(self._wishes.virtio_win),
             virt_v2v=self._stage.convert is not None,
         )
         self._stage.observer.note(f"{facts.product or facts.family}: {judgement.verdict} ({judgement.why})")
@@ -195,15 +196,15 @@ class Rehearser:
             overlays = self._stage.store.begin()
             return draft, self._convert(overlays) if way is Way.VIRT_V2V else 0.0
         with self._appliance() as appliance:
-            module = micro_of(facts.family)
             if way is Way.KERNEL:
                 files = kernel_way(appliance, facts, self._stage.folder)
                 kernel = {"image": str(files.kernel), "initrd": str(files.initrd), "cmdline": files.cmdline}
                 return replace(draft, kernel=kernel), 0.0
-            plan = module.plan(appliance, facts, self._stage.folder)
+            macs = [nic.mac for nic in self._stage.plan.vm.nics]
+            plan = micro.plan(appliance, facts, self._stage.folder, virtio_win=self._wishes.virtio_win, macs=macs)
             appliance.forget()
             begun = time.monotonic()
-            module.apply(appliance, plan, self._stage.folder)
+            micro.apply(appliance, plan, self._stage.folder, throw_away=True)
         return replace(draft, micro=plan.as_json()), _since(begun)
 
     def _appliance(self) -> Appliance:

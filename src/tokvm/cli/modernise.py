@@ -1,4 +1,4 @@
-"""tokvm modernise: virtio, at a planned restart, for a VM that was cut over on compatible hardware or with a kernel beside it."""
+"""tokvm modernise: virtio, at a planned restart, for a VM that was cut over on compatible hardware or with its kernel beside."""
 
 from __future__ import annotations
 

@@ -78,10 +78,13 @@ class SerialLog:
         self._tail = b""
 
     def new_lines(self) -> list[str]:
-        """The lines since the last call, in order. An unfinished one (a prompt) is among them, and comes again with more."""
-        data = _plain(self._half + self._read())
-        self._half = data.rpartition(b"\n")[2][-LONGEST_LINE:]
-        text = data.decode(errors="replace")
+        """The lines since the last call, in order. An unfinished one (a prompt) counts once nothing more comes: `Last login:` may
+        be read before the rest of its line."""
+        new = self._read()
+        data = _plain(self._half + new)
+        whole, end, half = data.rpartition(b"\n") if new else (data, b"", b"")
+        self._half = half[-LONGEST_LINE:] if new else data
+        text = (whole + end).decode(errors="replace")
         return [line[:LONGEST_LINE] for line in _ENDS.split(text) if line.strip()]
 
     @property

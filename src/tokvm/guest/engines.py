@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Protocol
 
 from tokvm.core.errors import TokvmError
-from tokvm.guest import linux_micro
+from tokvm.guest import micro
 from tokvm.guest.appliance import Appliance
-from tokvm.guest.base import GuestDisk, GuestError, GuestFacts, OsFamily, Way
+from tokvm.guest.base import GuestDisk, GuestError, Way
 from tokvm.guest.inspection import inspect
 from tokvm.guest.morph_store import MorphStore
 from tokvm.guest.virt_v2v import VirtV2v
@@ -77,6 +77,7 @@ class Micro:
     store: Path
     tcg: bool
     root: str | None = None
+    virtio_win: str | None = None
     deadline_s: float = 900.0
     on_step: Callable[[str], None] = log.info
 
@@ -86,20 +87,13 @@ class Micro:
         with Appliance.launch(disks, readonly=False, tcg=self.tcg, deadline_s=self.deadline_s) as appliance:
             watch.begins("inspect")
             facts = inspect(appliance, root=self.root)
-            _refuse_other(facts, appliance.where)
             watch.begins("plan")
-            plan = linux_micro.plan(appliance, facts, self.store)
+            plan = micro.plan(appliance, facts, self.store, virtio_win=self.virtio_win)
             watch.begins("apply")
-            linux_micro.apply(appliance, plan, self.store)
+            micro.apply(appliance, plan, self.store)
             watch.begins("close")
         watch.begins("")
         return MorphReport(Way.MICRO, watch.seconds, warnings=plan.left_out)
-
-
-def _refuse_other(facts: GuestFacts, where: str) -> None:
-    if facts.family is not OsFamily.LINUX:
-        what = facts.product or str(facts.family)
-        raise GuestError(f"there is no micro-morph for {what}", where=where, fix="use virt-v2v: --way virt-v2v")
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ _FIX = {
     "TaskInProgress": "wait until the other task on this VM is over, then run the same command again",
     "FileLocked": "see who holds the file (another host, a backup job), then run the same command again",
     "NoDiskSpace": "make room on the datastore, then run the same command again",
-    "ManagedObjectNotFound": "it was removed, or moved: see `tokvm ls`; in a cluster, name the host that runs it, or its vCenter",
+    "ManagedObjectNotFound": "it was removed or moved: see `tokvm ls`; in a cluster, name the host that runs it or its vCenter",
     "MethodNotFound": "this server is too old, or no vCenter or ESXi",
     "HostNotConnected": "connect the host to vCenter again",
     "InvalidState": "the VM is in a state that does not allow this now; look at its recent tasks",
