@@ -60,6 +60,7 @@ fi
 $bb ifconfig eth0 up
 $bb udhcpc -i eth0 -n -q -t 1 -T 1 -x hostname:lab -s /bin/busybox >/dev/null 2>&1
 $bb printf "lab on $found login: "
+$bb sleep 2
 for port in /dev/vport*p1; do exec 3<>$port; done
 while :; do
     read -r line <&3 || { $bb usleep 100000; continue; }

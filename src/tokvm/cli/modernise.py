@@ -1,4 +1,4 @@
-"""tokvm modernise: virtio, at a planned restart, for a VM that was cut over on compatible hardware or with its kernel beside."""
+"""tokvm modernise: virtio, at a planned restart, for a VM that was cut over on compatible hardware or by its kernel alone."""
 
 from __future__ import annotations
 

@@ -103,6 +103,11 @@ class RolledBack(TokvmError):
     meaning = "the cutover failed and was rolled back; the source runs"
 
 
+class GuestError(TokvmError):
+    exit_code = 17
+    meaning = "the guest on the disks could not be inspected or morphed, or its rehearsal failed; the disks hold what they held"
+
+
 def all_errors() -> list[type[TokvmError]]:
     """Every class of the tree, by exit code."""
     found: list[type[TokvmError]] = []

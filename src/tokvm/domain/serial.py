@@ -78,8 +78,8 @@ class SerialLog:
         self._tail = b""
 
     def new_lines(self) -> list[str]:
-        """The lines since the last call, in order. An unfinished one (a prompt) counts once nothing more comes: `Last login:` may
-        be read before the rest of its line."""
+        """The lines since the last call, in order. An unfinished one (a prompt) counts once nothing more comes: `Last login:`
+        may be read before the rest of its line."""
         new = self._read()
         data = _plain(self._half + new)
         whole, end, half = data.rpartition(b"\n") if new else (data, b"", b"")

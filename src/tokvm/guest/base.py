@@ -9,15 +9,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import ClassVar
 
-from tokvm.core.errors import TokvmError
+from tokvm.core.errors import GuestError
 from tokvm.core.machine import DiskBus, Finding, Firmware
 
-
-class GuestError(TokvmError):
-    exit_code = 17
-    meaning: ClassVar[str] = "the guest on the disks could not be inspected or morphed; the disks hold what they held"
+__all__ = [
+    "TOUCHES_DISK",
+    "GuestDisk",
+    "GuestError",
+    "GuestFacts",
+    "InitrdFacts",
+    "Judgement",
+    "LinuxFacts",
+    "OsFamily",
+    "Verdict",
+    "Way",
+    "WindowsFacts",
+]
 
 
 class Verdict(StrEnum):
