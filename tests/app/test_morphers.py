@@ -210,6 +210,20 @@ def test_the_kernel_way_leaves_the_disk_alone(guest: Guest) -> None:
     assert guest.log == []
 
 
+def test_a_kernel_that_was_renewed_since_the_rehearsal_is_found_before_the_stop(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr("tokvm.guest.kernel_way.check", lambda appliance, mounts, files: seen.append((mounts, files)))
+    known = {"/boot/initrd.img": [7, 8]}
+    replay = Replay(Way.KERNEL, family="linux", mounts={"/": "/dev/sda1"}, boot_files=known)
+    morpher = WayMorpher(replay, guest.store, guest.folder, True, guest.log.append)
+    morpher.prepare(PLAN)
+    morpher.release()
+    assert seen == [({"/": "/dev/sda1"}, known)]
+    assert guest.log == ["look", "close"]
+
+
 def test_virt_v2v_works_on_overlays_and_is_committed(guest: Guest) -> None:
     def convert(disks: tuple[GuestDisk, ...]) -> None:
         change(disks[0], "write -P 9 0 4096")

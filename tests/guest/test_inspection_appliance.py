@@ -200,6 +200,7 @@ def test_a_rhel_on_uefi_boots_what_its_bls_entry_says(bench: Bench) -> None:
     assert judge(facts, 1).verdict is Verdict.CANNOT
 
 
+@pytest.mark.nightly
 def test_several_systems_are_listed_and_one_must_be_named(bench: Bench) -> None:
     appliance = bench.show("debian", "rhel")
     with pytest.raises(GuestError, match="2 operating systems") as refused:

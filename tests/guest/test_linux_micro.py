@@ -21,7 +21,8 @@ from tokvm.guest.appliance import Appliance
 from tokvm.guest.base import GuestDisk, GuestError, GuestFacts, InitrdFacts, LinuxFacts, OsFamily
 from tokvm.guest.initrd import archive
 from tokvm.guest.initrd.modules import Lists
-from tokvm.guest.kernel_way import DirectKernelFiles, command_line, kernel_way
+from tokvm.guest.kernel_way import DirectKernelFiles, boot_files, command_line, kernel_way
+from tokvm.guest.kernel_way import check as check_kernel
 from tokvm.guest.linux_initrd import mounted
 from tokvm.guest.micro_plan import MicroPlan, PlannedFile, link_files
 from tokvm.lab.guest_image import build_guest
@@ -399,6 +400,16 @@ def test_the_kernel_way_leaves_the_disk_alone(lab: Lab) -> None:
     assert direct.cmdline == "root=UUID=1 ro"
     lab.apply(lab.plan())
     assert direct.initrd.read_bytes() == lab.initrd.read_bytes()
+
+
+def test_a_kernel_beside_the_vm_is_for_the_initramfs_it_was_made_from(lab: Lab) -> None:
+    files = boot_files(lab.facts)
+    check_kernel(lab.appliance, lab.facts.mounts, files)
+    (path,) = files
+    with pytest.raises(GuestError, match="changed since the rehearsal") as refused:
+        check_kernel(lab.appliance, lab.facts.mounts, {path: [1, 2]})
+    assert refused.value.where == path
+    assert lab.g.writes == []
 
 
 # --- for good

@@ -44,7 +44,8 @@ def sha(path: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # an emulated appliance, on a busy machine
-@pytest.mark.parametrize("options", [("--way", "micro"), pytest.param((), marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("options", [("--way", "micro"), ()])
 def test_a_guest_without_virtio_is_morphed_and_put_back(options: tuple[str, ...], tokvm: Run, tmp_path: Path) -> None:
     disk = tmp_path / "disk.raw"
     build_guest(disk, size=128 * MiB, drivers="ide")

@@ -149,6 +149,7 @@ def test_the_guest_holds_the_drivers_and_the_first_boots_files(bench: Bench) -> 
         bench.appliance.unmount()
 
 
+@pytest.mark.nightly
 def test_libguestfs_still_takes_it_for_the_same_windows(bench: Bench) -> None:
     micro.apply(bench.appliance, bench.plan("modern"), bench.store)
     g = bench.appliance.g
@@ -157,6 +158,7 @@ def test_libguestfs_still_takes_it_for_the_same_windows(bench: Bench) -> None:
     assert g.inspect_get_windows_current_control_set(bench.devices["modern"]) == "ControlSet001"
 
 
+@pytest.mark.nightly
 def test_a_hibernated_windows_is_not_written_to(bench: Bench) -> None:
     plan = bench.plan("asleep")  # the facts that the bench makes up do not know of hiberfil.sys
     with pytest.raises(GuestError, match="hibernated"):
@@ -169,6 +171,7 @@ def test_a_hibernated_windows_is_not_written_to(bench: Bench) -> None:
         )
 
 
+@pytest.mark.nightly
 def test_another_guest_than_the_planned_one_is_refused(bench: Bench) -> None:
     plan = bench.plan("modern")
     for other in (replace(plan, control_set="ControlSet002"), replace(plan, database=False)):
@@ -178,6 +181,7 @@ def test_another_guest_than_the_planned_one_is_refused(bench: Bench) -> None:
             micro.apply(bench.appliance, other, bench.store)
 
 
+@pytest.mark.nightly
 def test_a_changed_file_in_the_store_is_refused(bench: Bench) -> None:
     plan = bench.plan("modern")
     stored = plan.drivers[0].stored.path(bench.store)

@@ -17,7 +17,7 @@ from pathlib import Path
 from tokvm.app.ways import Replay
 from tokvm.core.errors import TokvmError
 from tokvm.domain.base import DomainPlan
-from tokvm.guest import micro
+from tokvm.guest import kernel_way, micro
 from tokvm.guest.appliance import Appliance
 from tokvm.guest.base import GuestDisk, GuestError, Way
 from tokvm.guest.morph_record import MorphState
@@ -48,7 +48,7 @@ class WayMorpher:
 
     def prepare(self, plan: DomainPlan) -> None:
         self.release()
-        if self.replay.micro is not None:
+        if self.replay.micro is not None or self.replay.boot_files:
             self._refuse_changed()
         if self.replay.way is Way.MICRO:
             self._launch_ahead()
@@ -81,7 +81,10 @@ class WayMorpher:
         """The guest as of the last pass, in an appliance of its own that keeps nothing: a kernel that was installed since the
         rehearsal is found while the source runs, not in the downtime."""
         with Appliance.launch(self.store.disks, readonly=True, tcg=self.tcg) as appliance:
-            micro.check(appliance, self._plan())
+            if self.replay.micro is not None:
+                micro.check(appliance, self._plan())
+            if self.replay.boot_files:
+                kernel_way.check(appliance, self.replay.mounts, self.replay.boot_files)
 
     def _launch_ahead(self) -> None:
         """Booting the appliance is most of a micro-morph's time, so it is done before the stop. Its overlays stay empty until

@@ -27,7 +27,7 @@ from tokvm.guest import micro
 from tokvm.guest.appliance import Appliance
 from tokvm.guest.base import GuestDisk, GuestFacts, Judgement, OsFamily, Way
 from tokvm.guest.inspection import inspect
-from tokvm.guest.kernel_way import kernel_way
+from tokvm.guest.kernel_way import boot_files, kernel_way
 from tokvm.guest.morph_store import MorphStore
 from tokvm.guest.verdict import judge
 from tokvm.migration.book import Book
@@ -199,7 +199,7 @@ class Rehearser:
             if way is Way.KERNEL:
                 files = kernel_way(appliance, facts, self._stage.folder)
                 kernel = {"image": str(files.kernel), "initrd": str(files.initrd), "cmdline": files.cmdline}
-                return replace(draft, kernel=kernel), 0.0
+                return replace(draft, kernel=kernel, boot_files=boot_files(facts)), 0.0
             macs = [nic.mac for nic in self._stage.plan.vm.nics]
             plan = micro.plan(appliance, facts, self._stage.folder, virtio_win=self._wishes.virtio_win, macs=macs)
             appliance.forget()

@@ -28,8 +28,9 @@ class Replay:
     """What a rehearsal leaves for the cutover, as JSON in its document.
 
     boot_disk: index of the disk that firmware boots. bus, nic: of the domain that was rehearsed ("" for the plan's own). micro:
-    the plan of a micro-morph, `family` whose (linux, windows). kernel: DirectKernel beside the VM. root: the system that was
-    meant, where there are several. loader: the UEFI loader that the guest's own boot entry named.
+    the plan of a micro-morph, `family` whose (linux, windows). kernel: DirectKernel beside the VM; boot_files: what it was made
+    from, path → [bytes, mtime in ns]. root: the system that was meant, where there are several. loader: the UEFI loader that
+    the guest's own boot entry named.
     """
 
     way: Way
@@ -43,6 +44,7 @@ class Replay:
     mounts: dict[str, str] = field(default_factory=dict)
     micro: dict[str, Any] | None = None
     kernel: dict[str, str] | None = None
+    boot_files: dict[str, list[int]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)

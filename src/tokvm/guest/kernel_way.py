@@ -6,6 +6,7 @@ initramfs is morphed for good, the guest boots the kernel that was current when 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tokvm.core.units import MiB
 from tokvm.guest import durable
 from tokvm.guest.appliance import Appliance
 from tokvm.guest.base import GuestError, GuestFacts
-from tokvm.guest.linux_initrd import extend, linux_of, mounted, mounts_that_matter
+from tokvm.guest.linux_initrd import extend, linux_of, mounted, mounts_that_matter, stamp
 
 KERNEL_LIMIT = 256 * MiB
 COMMAND_LINE_LIMIT = 2047  # COMMAND_LINE_SIZE of x86 and arm64 is 2048 with the zero byte
@@ -43,6 +44,20 @@ def kernel_way(appliance: Appliance, facts: GuestFacts, store: Path) -> DirectKe
     durable.write_file(files.kernel, image)
     durable.write_file(files.initrd, initrd)
     return files
+
+
+def boot_files(facts: GuestFacts) -> dict[str, list[int]]:
+    """What the files were made from: path → [size in bytes, mtime in nanoseconds], as inspection found them."""
+    kernel = facts.linux.default_kernel if facts.linux else None
+    return {kernel.initrd: [kernel.size, kernel.mtime_ns]} if kernel else {}
+
+
+def check(appliance: Appliance, mounts: Mapping[str, str], files: Mapping[str, Sequence[int]]) -> None:
+    """Would the guest still boot this kernel? GuestError when its initramfs is another one now. Nothing may be mounted."""
+    with mounted(appliance, mounts_that_matter(dict(mounts))):
+        for path, known in files.items():
+            if list(stamp(appliance, path)) != list(known):
+                raise GuestError("the guest's boot files changed since the rehearsal", where=path, fix="rehearse again")
 
 
 def command_line(line: str, root: str) -> str:
