@@ -23,7 +23,7 @@ from tokvm.guest.initrd import archive
 from tokvm.guest.initrd.modules import Lists
 from tokvm.guest.kernel_way import DirectKernelFiles, boot_files, command_line, kernel_way
 from tokvm.guest.kernel_way import check as check_kernel
-from tokvm.guest.linux_initrd import mounted
+from tokvm.guest.linux_initrd import mounted, stamp
 from tokvm.guest.micro_plan import MicroPlan, PlannedFile, link_files
 from tokvm.lab.guest_image import build_guest
 from tokvm.lab.guest_initrd import INSTALLED, Drivers, make_initrd, modules_tree
@@ -403,9 +403,10 @@ def test_the_kernel_way_leaves_the_disk_alone(lab: Lab) -> None:
 
 
 def test_a_kernel_beside_the_vm_is_for_the_initramfs_it_was_made_from(lab: Lab) -> None:
-    files = boot_files(lab.facts)
-    check_kernel(lab.appliance, lab.facts.mounts, files)
-    (path,) = files
+    (path,) = boot_files(lab.facts)
+    with mounted(lab.appliance, lab.facts.mounts):
+        now = list(stamp(lab.appliance, path))
+    check_kernel(lab.appliance, lab.facts.mounts, {path: now})
     with pytest.raises(GuestError, match="changed since the rehearsal") as refused:
         check_kernel(lab.appliance, lab.facts.mounts, {path: [1, 2]})
     assert refused.value.where == path
