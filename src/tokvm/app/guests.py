@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -182,11 +181,6 @@ class GuestSide:
             return self.host.rehearse(trial, deadline_s=deadline_s)
 
         return boots
-
-    def drop(self) -> None:
-        """The migration is finished: only the pictures stay, and what a kernel beside the VM still boots from."""
-        for name in ("morph", "trial"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _store(self, name: str) -> MorphStore:
         disks = self.book.disks()
