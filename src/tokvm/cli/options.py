@@ -101,7 +101,12 @@ Libvirt = Annotated[
 ]
 Domain = Annotated[str | None, typer.Option("--domain", help="The domain's name on KVM [the VM's name].", show_default=False)]
 Machine = Annotated[str | None, typer.Option("--machine", help="q35 or pc [q35].", show_default=False)]
-Bus = Annotated[str | None, typer.Option("--bus", help="virtio-blk, virtio-scsi, sata, ide, nvme, pvscsi, sas or megasas [virtio-blk].", show_default=False)]
+Bus = Annotated[
+    str | None,
+    typer.Option(
+        "--bus", help="virtio-blk, virtio-scsi, sata, ide, nvme, pvscsi, sas or megasas [virtio-blk].", show_default=False
+    ),
+]
 Identity = Annotated[str | None, typer.Option("--identity", "-i", help="The SSH key to use.", show_default=False)]
 SshFile = Annotated[str | None, typer.Option("--ssh-config", help="An ssh_config instead of your own.", show_default=False)]
 KnownHosts = Annotated[
