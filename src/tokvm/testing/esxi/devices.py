@@ -20,6 +20,7 @@ CONTROLLERS = {
 CARDS = {"vmxnet3": "VirtualVmxnet3", "e1000e": "VirtualE1000e", "e1000": "VirtualE1000", "vmxnet2": "VirtualVmxnet2"}
 NO_BACKING = Null("vim.vm.device.VirtualDevice.BackingInfo")
 NO_CONNECTION = Null("vim.vm.device.VirtualDevice.ConnectInfo")
+NO_SLOT = Null("vim.vm.device.VirtualDevice.BusSlotInfo")
 KiB = 1 << 10
 
 
@@ -61,11 +62,12 @@ def _device(
     *,
     backing: Value = NO_BACKING,
     connectable: Value = NO_CONNECTION,
+    slot: Value = NO_SLOT,
     **more: Value,
 ) -> Value:
     info = Object("vim.Description", [("label", label), ("summary", summary)])
     fields: list[tuple[str, Value]] = [("key", key), ("deviceInfo", info), ("backing", backing), ("connectable", connectable)]
-    fields += [("slotInfo", Null("vim.vm.device.VirtualDevice.BusSlotInfo"))]
+    fields += [("slotInfo", slot)]
     if "controllerKey" not in more:
         fields += [("controllerKey", UNSET), ("unitNumber", UNSET)]
     return Object(f"vim.vm.device.{type_}", [*fields, *more.items()])
@@ -193,7 +195,7 @@ def _nic(nic: Nic, number: int) -> Value:
         connectable=connect,
         controllerKey=100,
         unitNumber=7 + number,
-        slotInfo=Object("vim.vm.device.VirtualDevice.PciBusSlotInfo", [("pciSlotNumber", 192 + 32 * number)]),
+        slot=Object("vim.vm.device.VirtualDevice.PciBusSlotInfo", [("pciSlotNumber", 192 + 32 * number)]),
         addressType=nic["address_type"],
         macAddress=nic["mac"],
         wakeOnLanEnabled=True,
