@@ -20,7 +20,7 @@ from tokvm.testing.xenserver.host import DiskSpec, MachineSpec, NicSpec, XenHost
 
 MiB = 1 << 20
 CANARY = "canary-Xy9-"
-VERBS = {"check", "ls", "sync", "cutover", "migrate", "rollback", "finish"}
+VERBS = {"check", "ls", "sync", "rehearse", "cutover", "migrate", "rollback", "finish"}
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

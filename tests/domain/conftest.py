@@ -18,6 +18,7 @@ import pytest
 from tokvm.core.machine import Disk, DiskBus, Nic, VirtualMachine
 from tokvm.core.units import GiB, MiB
 from tokvm.domain.base import DomainPlan, TargetDisk
+from tokvm.lab.libvirtd import display_ports
 
 SYSTEM_LIBVIRTD = Path("/usr/sbin/libvirtd")
 
@@ -114,7 +115,7 @@ def libvirtd() -> Iterator[PrivateLibvirtd]:
         folder = Path(name)
         for place in (*_PLACES, "sock"):
             (folder / place).mkdir()
-        (folder / "etc/qemu.conf").write_text(_QEMU_CONF)
+        (folder / "etc/qemu.conf").write_text(_QEMU_CONF + display_ports(os.getpid()))
         auth = 'auth_unix_ro = "none"\nauth_unix_rw = "none"\n'
         (folder / "libvirtd.conf").write_text(f'unix_sock_dir = "{folder}/sock"\n{auth}')
         daemon = PrivateLibvirtd(folder)

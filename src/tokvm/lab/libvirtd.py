@@ -38,6 +38,8 @@ RUN_FOLDER = Path("/run/tokvm-lab")
 # The first connection asks every QEMU binary what it can do; a broken KVM makes that slow.
 CONNECT_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 15.0
+# VNC's from 5900 on, below the ports that the kernel hands out by itself (ip_local_port_range: 32768).
+FIRST_PORT, PORTS, PORT_RANGES = 6000, 64, 400
 
 LIBVIRTD_CONF = """\
 auth_unix_rw = "none"
@@ -124,12 +126,18 @@ def _start(folder: Path) -> None:
     if not (folder / "cache").exists():
         (folder / "cache").symlink_to(shared)
     (folder / "etc/libvirtd.conf").write_text(LIBVIRTD_CONF)
-    (folder / "etc/qemu.conf").write_text(QEMU_CONF)
+    (folder / "etc/qemu.conf").write_text(QEMU_CONF + display_ports(os.getpid()))
     script = folder / "start.sh"
     script.write_bytes(resources.files("tokvm.lab").joinpath("data/private_libvirtd.sh").read_bytes())
     argv = ["unshare", "--mount", "--propagation", "slave", "sh", str(script), str(folder), libvirtd]
     run_program(argv, package="util-linux", timeout_s=CONNECT_TIMEOUT_S)
     log.info("libvirtd of the lab runs as pid %s", _pid(folder))
+
+
+def display_ports(number: int) -> str:
+    """Lines of qemu.conf: VNC ports of one libvirtd's own, told by a number. Two that look for free ones at once take the same."""
+    first = FIRST_PORT + number % PORT_RANGES * PORTS
+    return f"remote_display_port_min = {first}\nremote_display_port_max = {first + PORTS - 1}\n"
 
 
 def _host_libvirt(folder: Path, *, reason: TokvmError) -> LabLibvirt:
