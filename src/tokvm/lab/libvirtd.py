@@ -135,7 +135,7 @@ def _start(folder: Path) -> None:
 
 
 def display_ports(number: int) -> str:
-    """Lines of qemu.conf: VNC ports of one libvirtd's own, told by a number. Two that look for free ones at once take the same."""
+    """Lines of qemu.conf: VNC ports of one libvirtd alone, told by a number. Two that look for free ones at once collide."""
     first = FIRST_PORT + number % PORT_RANGES * PORTS
     return f"remote_display_port_min = {first}\nremote_display_port_max = {first + PORTS - 1}\n"
 
