@@ -19,7 +19,7 @@ from tokvm.guest.verdict import judge
 from tokvm.lab.programs import run_program
 from tokvm.lab.windows_guest import WindowsSettings, build_all
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(900)]
 
 HEAD = 64 * KiB
 BLS = """\
@@ -187,7 +187,6 @@ def test_a_debian_on_bios_without_virtio_in_its_default_initramfs(bench: Bench) 
     assert bench.appliance.g.mounts() == []
 
 
-@pytest.mark.nightly
 def test_a_rhel_on_uefi_boots_what_its_bls_entry_says(bench: Bench) -> None:
     facts = inspect(bench.show("rhel"))
     linux = facts.linux
@@ -200,7 +199,6 @@ def test_a_rhel_on_uefi_boots_what_its_bls_entry_says(bench: Bench) -> None:
     assert judge(facts, 1).verdict is Verdict.CANNOT
 
 
-@pytest.mark.nightly
 def test_several_systems_are_listed_and_one_must_be_named(bench: Bench) -> None:
     appliance = bench.show("debian", "rhel")
     with pytest.raises(GuestError, match="2 operating systems") as refused:
@@ -212,7 +210,6 @@ def test_several_systems_are_listed_and_one_must_be_named(bench: Bench) -> None:
         inspect(appliance, root="/dev/sdz1")
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize(("disk", "said"), [("luks", "LUKS"), ("bitlocker", "BitLocker")])
 def test_an_encrypted_disk_has_no_system_and_says_why(bench: Bench, disk: str, said: str) -> None:
     facts = inspect(bench.show(disk))

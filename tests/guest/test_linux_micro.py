@@ -445,6 +445,7 @@ def boot(disk: Path, bus: str, direct: DirectKernelFiles | None = None) -> str:
     raise AssertionError(f"nothing on {bus}: {said[-600:]!r} {qemu.stderr_tail()[-300:]!r}")
 
 
+@pytest.mark.nightly  # tests/lab/test_run_trial.py does this every day, from a source to the target
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_it_boots_on_virtio_only_after_the_morph_and_still_on_ide(tmp_path: Path, tcg: bool) -> None:

@@ -91,7 +91,7 @@ def test_a_guest_that_never_boots_is_not_moved(root: Path) -> None:
 
 
 def test_a_failed_migration_is_reported_as_failed_and_cleaned_up(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokvm.lab.trial.migrate_argv", lambda *_args, **_more: ["migrate", "--no-such-option"])
+    monkeypatch.setattr("tokvm.lab.moving.migrate_argv", lambda *_args, **_more: ["migrate", "--no-such-option"])
     report = run(LabSettings(disk_size=64 * MiB))
     assert report.exit_code == 1
     assert report.document["outcome"] == "failed"

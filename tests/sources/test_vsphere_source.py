@@ -15,7 +15,7 @@ from tests.sources.vsphere_rig import MiB, Rig, rigs
 from tokvm.core.errors import ConnectionLost, HostKeyError, NotOff, SourceError, UsageError
 from tokvm.core.machine import PowerState, Severity
 from tokvm.remote.tls import TlsTrust
-from tokvm.sources.vmware.api import power, record
+from tokvm.sources.vmware.api import fence, power, record
 from tokvm.sources.vmware.api.faults import VsphereError
 from tokvm.sources.vmware.api.record import Record
 from tokvm.sources.vmware.source import EsxSource
@@ -322,6 +322,24 @@ def test_a_fence_whose_answer_is_lost_is_set_when_asked_again(make: Make, kind: 
     rig.vsphere.fault("ReconfigureComputeResource_Task", kind)
     with pytest.raises(ConnectionLost):
         rig.source.fence(rig.uuid, "moved")
+    rig.source.fence(rig.uuid, "moved")
+    assert rig.source.is_fenced(rig.uuid)
+    rig.source.unfence(rig.uuid)
+    assert rig.vsphere.override("web")["restart_priority"] == ""
+
+
+def test_our_own_change_that_lands_between_look_and_act_is_no_error(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its reply was lost; the task ends after the VM was looked at again, and the second "add" finds it there."""
+    rig, looks, really = make(), [], fence.look
+
+    def look(client: Any, vm: Any) -> Any:
+        seen = really(client, vm)
+        looks.append(seen)
+        if len(looks) == 2:
+            fence.set_priority(client, seen.cluster, vm, now=seen.priority, wanted=fence.DISABLED)
+        return seen
+
+    monkeypatch.setattr(fence, "look", look)
     rig.source.fence(rig.uuid, "moved")
     assert rig.source.is_fenced(rig.uuid)
     rig.source.unfence(rig.uuid)

@@ -102,14 +102,17 @@ def fence(client: Client, machines: Machines, uuid: str, reason: str) -> None:
 
 
 def _until_free(client: Client, vm: Any, act: Callable[[Switches], None]) -> None:
-    """Do it by how the VM stands; looked at anew when the cluster is busy, perhaps with our own change (its reply was lost)."""
+    """Do it by how the VM stands; looked at anew when the cluster is busy, perhaps with our own change (its reply was lost),
+    and when that landed between our look and our act, so that what is to be added is there already."""
     deadline = time.monotonic() + tasks.BUSY_S
     while True:
+        seen = look(client, vm)
         try:
-            act(look(client, vm))
+            act(seen)
             return
         except faults.VsphereError as failed:
-            if failed.fault != "TaskInProgress" or time.monotonic() > deadline:
+            moved = failed.fault == "InvalidArgument" and look(client, vm).priority != seen.priority
+            if not (moved or failed.fault == "TaskInProgress") or time.monotonic() > deadline:
                 raise
         time.sleep(tasks.POLL_S)
 
