@@ -24,6 +24,7 @@ from tokvm.migration.doors import Silent
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 OLD_BYTES = bytes(2 * MiB)
+WRITTEN_SINCE = b"\x09" * 4096 + bytes(MiB - 4096) + b"\x05" * 4096 + bytes(MiB - 4096)
 
 
 @dataclass
@@ -153,6 +154,52 @@ def test_a_guest_that_ran_on_the_morphed_disk_is_not_undone(job: Made) -> None:
     assert host.on
     assert host.began == [DiskBus.VIRTIO_BLK, DiskBus.PVSCSI]
     assert disk.read_bytes()[:4096] == b"\x09" * 4096, "its own writes may be among the morph's: an undo would tear them apart"
+
+
+def test_another_try_after_the_guest_ran_undoes_nothing(job: Made) -> None:
+    made, host, disk = job()
+    host.lives_on = frozenset({DiskBus.PVSCSI})
+    with made.store, pytest.raises(DomainError, match="no sign of life"):
+        modernise(made)
+    guest_writes(disk)
+    made.engine.fails = True  # type: ignore[attr-defined]
+    with made.store, pytest.raises(GuestError, match="no kernel"):
+        modernise(made)
+    assert host.on
+    assert disk.read_bytes() == WRITTEN_SINCE
+
+
+def test_a_run_that_died_before_it_forgot_and_a_guest_that_ran_since(job: Made) -> None:
+    made, host, disk = job()
+    with made.store:
+        made.engine.morph(made.store.begin())
+        made.store.commit()
+    guest_writes(disk)
+    with made.store, pytest.raises(GuestError, match="somebody wrote"):
+        modernise(made)
+    assert host.on
+    assert disk.read_bytes() == WRITTEN_SINCE
+
+
+def test_a_domain_that_libvirt_does_not_take_leaves_no_vm_off(job: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, host, _ = job()
+    really = Host.define
+
+    def define(self: Host, plan: DomainPlan) -> None:
+        if plan == made.new:
+            raise DomainError("libvirt does not take the domain", where="web")
+        really(self, plan)
+
+    monkeypatch.setattr(Host, "define", define)
+    with made.store, pytest.raises(DomainError, match="does not take"):
+        modernise(made)
+    assert (host.on, host.began) == (True, [DiskBus.PVSCSI])
+
+
+def guest_writes(disk: Path) -> None:
+    with disk.open("r+b") as file:
+        file.seek(MiB)
+        file.write(b"\x05" * 4096)
 
 
 def test_killed_while_the_domain_was_off_it_is_begun_again(job: Made) -> None:

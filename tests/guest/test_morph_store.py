@@ -503,3 +503,19 @@ def test_an_engine_that_works_is_timed(place: Place) -> None:
     assert report.changed > 0
     assert report.warnings == ("a word",)
     assert place.path.read_bytes() == place.after
+
+
+def test_a_second_morph_over_a_guest_that_ran_is_refused_and_undoes_nothing(place: Place) -> None:
+    place.committed().close()
+    with place.path.open("r+b") as disk:
+        disk.seek(MiB)
+        disk.write(b"\x05" * 4096)
+    ran = place.path.read_bytes()
+
+    class Never:
+        def morph(self, disks: tuple[GuestDisk, ...]) -> MorphReport:
+            raise AssertionError("begin must refuse")
+
+    with place.store() as store, pytest.raises(GuestError, match="somebody wrote"):
+        morph_disks(store, Never())
+    assert place.path.read_bytes() == ran

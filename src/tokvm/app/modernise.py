@@ -22,6 +22,7 @@ from tokvm.core.errors import DomainError, TokvmError, UsageError
 from tokvm.core.units import format_duration
 from tokvm.domain.base import DomainPlan, DomainState, Outcome
 from tokvm.guest.engines import Engine
+from tokvm.guest.morph_record import MorphState
 from tokvm.guest.morph_store import MorphStore
 from tokvm.migration.doors import Observer
 
@@ -76,13 +77,13 @@ def modernise(job: Renewal) -> dict[str, object]:
     except BaseException as failed:
         _start_as_before(job, failed)
         raise
-    job.host.define(job.new)
+    job.store.forget()  # from the start on an undo would tear the guest's own writes apart, in a later run too
     try:
+        job.host.define(job.new)
         parts["boot"] = _start(job, "start it with virtio")
     except TokvmError as failed:
         _give_back_hardware(job, failed)
         raise
-    job.store.forget()
     return {"outcome": "modernised", "downtime_s": {**parts, "total": _since(begun)}}
 
 
@@ -129,10 +130,12 @@ def _start(job: Renewal, step: str) -> float:
 
 
 def _start_as_before(job: Renewal, failed: BaseException) -> None:
-    """Nothing ran on the morphed disks: they are put back exactly, and the domain starts as it was."""
+    """The disks are put back exactly, and the domain starts as it was. A morph that is committed stays: it is whole, and a
+    guest may have run on it since (an earlier run died before it could forget it)."""
     job.observer.note(f"it did not work ({failed}); the VM is started as it was")
     try:
-        job.store.undo()
+        if job.store.state() is not MorphState.COMMITTED:
+            job.store.undo()
         job.host.define(job.old)
         job.host.start(job.uuid)
     except TokvmError as worse:

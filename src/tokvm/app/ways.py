@@ -14,9 +14,9 @@ from tokvm.core.machine import DiskBus, Firmware, NicModel
 from tokvm.domain.base import DirectKernel, DomainPlan
 from tokvm.domain.nvram import DEFAULT_LOADER
 from tokvm.guest.base import GuestFacts, Judgement, Way
+from tokvm.guest.drives import VIRTIO
 from tokvm.migration.records import RehearsalRecord
 
-VIRTIO = (DiskBus.VIRTIO_BLK, DiskBus.VIRTIO_SCSI)
 ON_PC = (DiskBus.IDE,)
 """Buses that QEMU's q35 does not have."""
 LOADERS = ("shim", "bootmgfw", "grub", "systemd-boot")

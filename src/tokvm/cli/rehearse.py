@@ -11,8 +11,7 @@ from tokvm.app.workshop import Workshop
 from tokvm.cli import options
 from tokvm.cli.output import print_json
 from tokvm.cli.summaries import print_rehearsal
-
-DOES_NOT_BOOT = 17
+from tokvm.core.errors import GuestError
 
 
 def rehearse(
@@ -43,4 +42,4 @@ def rehearse(
     else:
         print_rehearsal(document)
     if not document["works"]:
-        raise typer.Exit(DOES_NOT_BOOT)
+        raise typer.Exit(GuestError.exit_code)

@@ -41,10 +41,12 @@ class Engine(Protocol):
 
 
 def morph_disks(store: MorphStore, engine: Engine) -> MorphReport:
-    """Morph and commit; or nothing at all, whatever went wrong, Ctrl-C too. An undo that fails as well is the error then."""
+    """Morph and commit; or nothing at all, whatever went wrong, Ctrl-C too. An undo that fails as well is the error then.
+
+    What `begin` refuses is not undone: a guest may have run on the disks of an earlier morph, and would be torn apart."""
     begun = time.monotonic()
+    overlays = store.begin()
     try:
-        overlays = store.begin()
         prepared = time.monotonic()
         report = engine.morph(overlays)
         morphed = time.monotonic()
