@@ -26,6 +26,8 @@ _ESCAPE = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|[0-9=>@-Z\\-_c])")
 # A jump to another place of the screen begins something new, as a line's end does.
 _JUMP = re.compile(rb"\x1b\[\d*(?:;\d*)?[Hf]")
 _ENDS = re.compile(r"[\r\n]+")
+# SeaBIOS' last words may come without their line's end; the guest's first ones then follow on the same line.
+_BIOS_GOES = re.compile(r"^Booting from [A-Z][\w/ ]*\.{2,3}(?=[^.])")
 
 FAILURES = (
     (r"ALERT! .* does not exist|Gave up waiting for root (file system )?device", "it finds no root disk"),
@@ -60,7 +62,8 @@ class Failure:
 
 def find_failure(line: str) -> Failure | None:
     """The known way of not booting that this line tells of."""
-    return next((Failure(why, readable(line.strip())) for pattern, why in _FAILURES if pattern.search(line)), None)
+    said = _BIOS_GOES.sub("", line).strip()
+    return next((Failure(why, readable(said)) for pattern, why in _FAILURES if pattern.search(said)), None)
 
 
 def _plain(data: bytes) -> bytes:
