@@ -23,7 +23,7 @@ SourceName = Annotated[
         "(vcenter-api: without SSH).",
     ),
 ]
-Guests = Annotated[int, typer.Option("--guests", help="How many VMs run and are migrated, one after the other.", min=1)]
+Guests = Annotated[int, typer.Option("--guests", help="How many VMs run and are migrated.", min=1)]
 Guest = Annotated[
     str,
     typer.Option(
@@ -49,6 +49,15 @@ LinkRate = Annotated[
 ]
 Rtt = Annotated[str, typer.Option("--rtt", help="Delay added to each round trip.", metavar="DURATION")]
 LabPasses = Annotated[int, typer.Option("--passes", help="Base and deltas before the final one.", min=1)]
+AtOnce = Annotated[
+    int,
+    typer.Option(
+        "--at-once",
+        help="How many VMs are moved at a time [all]; with 1 the earlier ones foretell the later ones' stop.",
+        min=0,
+        show_default=False,
+    ),
+]
 Rehearse = Annotated[
     bool, typer.Option("--rehearse", help="Sync, rehearse, cut over, instead of migrate: see what the rehearsal foretold.")
 ]
@@ -71,6 +80,7 @@ def _settings(
     rtt: str,
     passes: int = 3,
     *,
+    at_once: int = 0,
     rehearse: bool = False,
     way: str | None = None,
     pictures: Path | None = None,
@@ -84,6 +94,7 @@ def _settings(
         link_rate=None if link_rate is None else float(_size(link_rate)),
         rtt_s=options.duration(rtt) or 0.0,
         passes=passes,
+        at_once=at_once,
         rehearse=rehearse,
         way=options.way(way),
         pictures=pictures,
@@ -114,6 +125,7 @@ def run(
     link_rate: LinkRate = None,
     rtt: Rtt = "0s",
     passes: LabPasses = 3,
+    at_once: AtOnce = 0,
     rehearse: Rehearse = False,
     way: options.WayOption = None,
     pictures: Pictures = None,
@@ -129,6 +141,7 @@ def run(
     with options.running(json=json, events=events, verbose=verbose) as reporter:
         settings = _settings(
             *(source, guests, guest, disk_size, write_rate, link_rate, rtt, passes),
+            at_once=at_once,
             rehearse=rehearse,
             way=way,
             pictures=pictures,

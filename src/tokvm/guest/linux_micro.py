@@ -2,9 +2,11 @@
 
     plan    before the cutover, on any state of the disks: which initramfs gets which segment, and what they look like now
     ready   in a launched appliance that waits for the last delta: whatever can be done before it
-    apply   inside the downtime: look that all is as planned, copy beside, append, sync, rename
+    apply   inside the downtime: look that all is as planned, append, write
 
-`apply` checks everything before it writes anything, and finds out for itself what an earlier try has done.
+`apply` checks everything before it writes anything, and finds out for itself what an earlier try has done. It writes in
+place: to an overlay whose commit is all or nothing (morph_store.py), so a copy beside and a rename would guard nothing and
+cost the reading and writing of each whole initramfs, its undo log and its commit, in the downtime.
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ from tokvm.guest.micro_plan import MicroPlan, PlannedFile, PlannedInitrd, link_f
 
 log = logging.getLogger(__name__)
 
-BESIDE = ".tokvm-new"
 SMALL_FILE = 256 * KiB
 SPARE = 1 * MiB
 CHUNK = 2 * MiB  # libguestfs' messages end at 4 MiB
@@ -103,13 +104,9 @@ def apply(appliance: Appliance, plan: MicroPlan, store: Path) -> None:
         _check_folders(appliance, plan.folders)
         _check_room(appliance, initrds)
         for file in files:
-            _write_beside(appliance, file)
+            _write(appliance, file)
         for one in initrds:
-            _append_beside(appliance, one, segments[one.segment])
-            _put_in_place(appliance, [one.path])  # each in its turn: a /boot rarely has room for all of them twice
-        _put_in_place(appliance, [file.path for file in files])
-    with appliance.translated("cannot write the guest's file systems out"):
-        appliance.g.sync()
+            _append(appliance, one, segments[one.segment])
     log.info("%d initramfs files extended, %d files written", len(initrds), len(files))
 
 
@@ -174,7 +171,7 @@ def _folders(initrds: Iterable[PlannedInitrd]) -> list[str]:
 
 def _names(appliance: Appliance, folder: str) -> tuple[str, ...]:
     with appliance.translated(f"cannot list {folder!r}"):
-        return tuple(name for name in appliance.g.ls(folder) if not name.endswith(BESIDE))
+        return tuple(appliance.g.ls(folder))
 
 
 def _touched(mounts: Mapping[str, str], paths: Iterable[str]) -> dict[str, str]:
@@ -230,15 +227,11 @@ def _check_folders(appliance: Appliance, folders: Mapping[str, tuple[str, ...]])
 
 
 def _check_room(appliance: Appliance, initrds: Iterable[PlannedInitrd]) -> None:
-    """They are copied one after the other, so there is one twice at a time, and all segments in the end."""
-    segments: dict[str, int] = {}
-    largest: dict[str, int] = {}
+    needed: dict[str, int] = {}
     for one in initrds:
         folder = posixpath.dirname(one.path)
-        segments[folder] = segments.get(folder, 0) + one.segment_size
-        largest[folder] = max(largest.get(folder, 0), one.size)
-    for folder, added in segments.items():
-        size = added + largest[folder] + SPARE
+        needed[folder] = needed.get(folder, SPARE) + one.segment_size
+    for folder, size in needed.items():
         with appliance.translated(f"cannot see how much room {folder!r} has"):
             found = appliance.g.statvfs(folder)
         free = int(found["bavail"]) * int(found["frsize"])
@@ -250,38 +243,21 @@ def _check_room(appliance: Appliance, initrds: Iterable[PlannedInitrd]) -> None:
             )
 
 
-def _append_beside(appliance: Appliance, one: PlannedInitrd, segment: bytes) -> None:
-    new = one.path + BESIDE
-    with appliance.translated(f"cannot write {new!r}"):
-        appliance.g.cp_a(one.path, new)  # with owner, mode and SELinux label
-        _write_at(appliance, new, segment, one.offset)
-    if stamp(appliance, new)[0] != one.new_size:
-        raise _changed("it grew while it was copied", one.path)
-
-
-def _put_in_place(appliance: Appliance, paths: Iterable[str]) -> None:
-    """Content first, then its name."""
-    with appliance.translated("cannot put the new boot files in place"):
-        appliance.g.sync()
-        for path in paths:
-            appliance.g.rename(path + BESIDE, path)
-
-
-def _write_at(appliance: Appliance, path: str, content: bytes, offset: int) -> None:
+def _append(appliance: Appliance, one: PlannedInitrd, segment: bytes) -> None:
     at = 0
-    while at < len(content):
-        at += int(appliance.g.pwrite(path, content[at : at + CHUNK], offset + at))
+    with appliance.translated(f"cannot write {one.path!r}"):
+        while at < len(segment):
+            at += int(appliance.g.pwrite(one.path, segment[at : at + CHUNK], one.offset + at))
+    if stamp(appliance, one.path)[0] != one.new_size:
+        raise _changed("it grew while it was written", one.path)
 
 
-def _write_beside(appliance: Appliance, file: PlannedFile) -> None:
-    new = file.path + BESIDE
-    with appliance.translated(f"cannot write {new!r}"):
-        if file.old_sha256:
-            appliance.g.cp_a(file.path, new)
-        appliance.g.write(new, _encoded(file))
+def _write(appliance: Appliance, file: PlannedFile) -> None:
+    with appliance.translated(f"cannot write {file.path!r}"):
+        appliance.g.write(file.path, _encoded(file))
         if not file.old_sha256:
             # SELinux' label of new files is their folder's; the appliance has no policy that would say so.
-            appliance.g.copy_attributes(posixpath.dirname(file.path), new, xattributes=True)
+            appliance.g.copy_attributes(posixpath.dirname(file.path), file.path, xattributes=True)
 
 
 def _encoded(file: PlannedFile) -> bytes:

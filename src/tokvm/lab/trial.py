@@ -41,12 +41,14 @@ class Lab:
 
 
 def migrate_all(lab: Lab, settings: LabSettings, progress: Progress) -> list[GuestReport]:
-    """All guests at once: one tokvm process for each. Interrupted, those are killed."""
-    with ThreadPoolExecutor(max_workers=len(lab.machines)) as pool:
+    """All guests at once, or as many as the settings say: one tokvm process for each. Interrupted, those are killed."""
+    with ThreadPoolExecutor(max_workers=settings.at_once or len(lab.machines)) as pool:
         under_way = [pool.submit(_migrate, lab, one, settings, progress) for one in lab.machines]
         try:
             return [one.result() for one in under_way]
         except BaseException:
+            for one in under_way:
+                one.cancel()
             lab.clock.stop()  # ends every wait for a guest
             while wait(under_way, timeout=0.1).not_done:  # one of them may be about to start tokvm
                 pids.kill_noted(lab.folder / "run")
