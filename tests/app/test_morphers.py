@@ -112,6 +112,7 @@ def content(first: int, middle: int) -> bytes:
 
 def test_the_appliance_waits_below_the_last_delta_and_is_undone_exactly(guest: Guest) -> None:
     morpher = guest.morpher()
+    assert morpher.changes_disks
     morpher.prepare(PLAN)
     assert guest.log == ["look", "close", "launch"]
     assert morpher.undo(), "the step of the last delta asks for it: what waits must not be lost by that"
@@ -203,6 +204,7 @@ def test_nothing_to_undo_is_exact(guest: Guest) -> None:
 
 def test_the_kernel_way_leaves_the_disk_alone(guest: Guest) -> None:
     morpher = guest.morpher(Way.KERNEL)
+    assert not morpher.changes_disks
     morpher.prepare(PLAN)
     morpher.morph(PLAN)
     morpher.release()

@@ -53,6 +53,7 @@ class Rig:
     proof: Callable[[], bool] | None = None
     open_target: Callable[[int], FakeTarget] | None = None
     morphs: bool = False
+    changes_disks: bool = True
 
     def journal(self) -> DyingJournal:
         for old in self.journals:
@@ -76,7 +77,7 @@ class Rig:
             manifest_path=lambda number, disk: self.path / "manifests" / f"{number}-{disk}",
             clock=self.world.clock,
             proof=self.proof,
-            morpher=FakeMorpher(self.world) if self.morphs else None,
+            morpher=FakeMorpher(self.world, changes_disks=self.changes_disks) if self.morphs else None,
             limits=LIMITS,
         )
         journal.die_at, journal.after, journal.writes = die_at, after, 0

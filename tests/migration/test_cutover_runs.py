@@ -142,6 +142,21 @@ def test_a_morph_is_undone_before_anything_else_is_written(make_synced: MakeSync
         assert rig.world.morphed == rig.world.target_on
 
 
+def test_a_way_that_changes_no_disk_takes_no_time_of_the_downtime(make_synced: MakeSynced) -> None:
+    plain = make_synced()
+    run(plain)
+    calls = [entry.split()[1] for entry in plain.world.log]
+    prepared = make_synced()
+    prepared.morphs, prepared.changes_disks = True, False
+    run(prepared)
+    made = [entry.split()[1] for entry in prepared.world.log]
+    assert [name for name in made if not name.startswith("morph")] == calls
+    assert_settled(prepared, "a way that changes no disk")
+    assert not prepared.world.morphed
+    events = prepared.journals[0].book(prepared.journals[0].migrations()[0].id).events()
+    assert any("SKIPPED: the disks stay" in event.note for event in events)
+
+
 def pairs(calls: int, count: int, seed: int) -> list[dict[int, Fault]]:
     """Plans of two to four events, anywhere; a death is followed by more in the runs after it."""
     chance = random.Random(seed)

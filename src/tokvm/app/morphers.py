@@ -19,7 +19,7 @@ from tokvm.core.errors import TokvmError
 from tokvm.domain.base import DomainPlan
 from tokvm.guest import kernel_way, micro
 from tokvm.guest.appliance import Appliance
-from tokvm.guest.base import GuestDisk, GuestError, Way
+from tokvm.guest.base import TOUCHES_DISK, GuestDisk, GuestError, Way
 from tokvm.guest.morph_record import MorphState
 from tokvm.guest.morph_store import MorphStore, Undone
 
@@ -45,6 +45,10 @@ class WayMorpher:
     note: Note
     convert: Convert | None = None
     _appliance: Appliance | None = field(default=None, init=False)
+
+    @property
+    def changes_disks(self) -> bool:
+        return self.replay.way in TOUCHES_DISK
 
     def prepare(self, plan: DomainPlan) -> None:
         self.release()

@@ -27,7 +27,7 @@ _ESCAPE = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|[0-9=>@-Z\\-_c])")
 _JUMP = re.compile(rb"\x1b\[\d*(?:;\d*)?[Hf]")
 _ENDS = re.compile(r"[\r\n]+")
 # SeaBIOS' last words may come without their line's end; the guest's first ones then follow on the same line.
-_BIOS_GOES = re.compile(r"^Booting from [A-Z][\w/ ]*\.{2,3}(?=[^.])")
+_BIOS_GOES = re.compile(r"^Booting from [A-Z][\w/ ]*\.{2,3}(?=[^.\r\n])", re.MULTILINE)
 
 FAILURES = (
     (r"ALERT! .* does not exist|Gave up waiting for root (file system )?device", "it finds no root disk"),
@@ -62,8 +62,7 @@ class Failure:
 
 def find_failure(line: str) -> Failure | None:
     """The known way of not booting that this line tells of."""
-    said = _BIOS_GOES.sub("", line).strip()
-    return next((Failure(why, readable(said)) for pattern, why in _FAILURES if pattern.search(said)), None)
+    return next((Failure(why, readable(line.strip())) for pattern, why in _FAILURES if pattern.search(line)), None)
 
 
 def _plain(data: bytes) -> bytes:
@@ -87,7 +86,7 @@ class SerialLog:
         data = _plain(self._half + new)
         whole, end, half = data.rpartition(b"\n") if new else (data, b"", b"")
         self._half = half[-LONGEST_LINE:] if new else data
-        text = (whole + end).decode(errors="replace")
+        text = _BIOS_GOES.sub(r"\g<0>\n", (whole + end).decode(errors="replace"))
         return [line[:LONGEST_LINE] for line in _ENDS.split(text) if line.strip()]
 
     @property

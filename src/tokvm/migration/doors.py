@@ -137,6 +137,11 @@ def seconds_since(clock: Clock, then: Instant) -> float:
 class Morpher(Protocol):
     """Makes the synced disks boot on KVM. Each verb may run twice, and after a death in the middle of any."""
 
+    @property
+    def changes_disks(self) -> bool:
+        """False: `morph` has nothing to do, so the downtime has no such part."""
+        ...
+
     def prepare(self, plan: DomainPlan) -> None:
         """While the source still runs: everything that can fail or wait before the stop. The disks may change after it."""
         ...

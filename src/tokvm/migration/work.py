@@ -88,6 +88,11 @@ class Work:
             self._plan = self.doors.plan()
         return self._plan
 
+    @property
+    def morphs(self) -> bool:
+        """Whether there is anything to do between the last delta and the start."""
+        return self.doors.morpher is not None and self.doors.morpher.changes_disks
+
     def undo_morph(self) -> None:
         """Take the morph off the disks. Where that is not known to have been exact, they can no longer be built upon."""
         morpher = self.doors.morpher

@@ -517,8 +517,9 @@ class FakeHost:
 class FakeMorpher:
     """A Morpher that only remembers whether the synced bytes are still what the target holds."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, *, changes_disks: bool = True) -> None:
         self.world = world
+        self.changes_disks = changes_disks
 
     def prepare(self, plan: DomainPlan) -> None:
         self.world.call("morph.prepare", lambda: None, lost=TargetError)

@@ -40,7 +40,7 @@ def final(work: Work) -> None:
         return
     work.took(DowntimePart.DELTA)
     work.advance(Event.FINAL_DONE)
-    work.just_proved = work.doors.morpher is None
+    work.just_proved = not work.morphs
 
 
 def _current(work: Work, newest: Round) -> bool:
