@@ -17,7 +17,10 @@ from tokvm.lab.programs import run_program
 
 PARTITION_OFFSET = MiB
 GRUB_FOLDER = Path("/usr/lib/grub/i386-pc")
-GRUB_MODULES = ("biosdisk", "part_msdos", "ext2", "search_fs_uuid", "normal", "linux", "boot", "serial", "terminal")
+GRUB_MODULES = (
+    *("biosdisk", "part_msdos", "ext2", "search_fs_uuid", "normal", "linux", "boot", "serial", "terminal"),
+    *("test", "echo", "loadenv", "search", "gzio", "all_video"),  # what a grub.cfg of grub-mkconfig asks for
+)
 # Spelled out, because a newer mke2fs turns on features (orphan_file, metadata_csum_seed) that older GRUBs cannot read.
 EXT4_FEATURES = (
     "none,has_journal,ext_attr,dir_index,filetype,extent,flex_bg,sparse_super,large_file,huge_file,dir_nlink,extra_isize"

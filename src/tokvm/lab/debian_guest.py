@@ -29,7 +29,17 @@ SMALLEST = 640 * MiB
 INODES = 32768
 JOURNAL = 16 * MiB
 TITLE = "Debian GNU/Linux"
-KERNEL_WORDS = "ro console=ttyS0 quiet mitigations=off audit=0"
+OWN_WORDS = "console=ttyS0 mitigations=off audit=0"
+KERNEL_WORDS = f"ro quiet {OWN_WORDS}"
+# For a grub.cfg that the guest makes anew, as virt-v2v has it do. The core has no fonts, and no list of other systems.
+DEFAULT_GRUB = f"""GRUB_DEFAULT=0
+GRUB_TIMEOUT=0
+GRUB_DISTRIBUTOR=Debian
+GRUB_CMDLINE_LINUX_DEFAULT=quiet
+GRUB_CMDLINE_LINUX="{OWN_WORDS}"
+GRUB_TERMINAL=console
+GRUB_DISABLE_OS_PROBER=true
+"""
 _NAMESPACE = uuid.UUID("0b9a4a9e-58f3-4c39-9a59-6a5f0e2f7c11")
 
 
@@ -71,6 +81,7 @@ def _own_files(settings: GuestSettings, version: str, root_uuid: str, *, work_ki
     return {
         "/etc/fstab": "/dev/sda1 / ext4 rw,noatime,errors=remount-ro 0 1\n",
         "/etc/hostname": f"{settings.name}\n",
+        "/etc/default/grub": DEFAULT_GRUB,
         "/etc/machine-id": f"{uuid.uuid5(_NAMESPACE, settings.name).hex}\n",
         "/etc/lab.conf": settings.shell(work_kib),
         "/boot/grub/grub.cfg": grub_config(title=TITLE, version=version, root_uuid=root_uuid, words=KERNEL_WORDS),

@@ -30,7 +30,10 @@ log = logging.getLogger(__name__)
 
 EPOCH = 1_700_000_000
 BOOTSTRAP_TIMEOUT_S = 3600.0
-PACKAGES = ("initramfs-tools", "udev", "systemd-sysv", "kmod", "zstd", "e2fsprogs", "busybox-static", "qemu-guest-agent")
+PACKAGES = (
+    *("initramfs-tools", "udev", "systemd-sysv", "kmod", "zstd", "e2fsprogs", "busybox-static", "qemu-guest-agent"),
+    "grub2-common",  # virt-v2v refuses a guest that cannot make its own grub.cfg
+)
 COMPONENTS = frozenset({"main", "universe"})
 LEFT_OUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/i18n/*", "/usr/share/info/*")
 INITRAMFS_MODULES = ("ata_piix", "sd_mod", "vmw_pvscsi", "nvme", "ext4", "crc32c")
