@@ -110,11 +110,18 @@ def test_a_rehearsal_that_is_heard_outside_is_refused(played: Played, tmp_path: 
     assert played.verbs == ["sync", "rehearse"]
 
 
-def test_the_picture_outlives_the_lab_where_there_is_a_folder_for_it(played: Played, tmp_path: Path) -> None:
+def test_the_picture_outlives_the_lab(played: Played, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKVM_LAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("tokvm.lab.moving.KEPT", 3)
     picture = tmp_path / "seen.png"
     picture.write_bytes(b"png")
     played.answers["rehearse"] = Finished(0, {**REHEARSED, "screenshot": str(picture)})
-    assert moved(played, tmp_path, LabSettings(rehearse=True)).rehearsal["screenshot"] == str(picture)
+    cached = tmp_path / "cache/pictures"
+    assert moved(played, tmp_path, LabSettings(rehearse=True)).rehearsal["screenshot"] == str(cached / "web.png")
+    for number in range(5):
+        (cached / f"lab-{number}.png").touch()
+    assert moved(played, tmp_path, LabSettings(rehearse=True)).rehearsal["screenshot"] == str(cached / "web.png")
+    assert len(list(cached.iterdir())) == 4
     done = moved(played, tmp_path, LabSettings(rehearse=True, pictures=tmp_path / "kept"))
     assert done.rehearsal["screenshot"] == str(tmp_path / "kept/web.png")
     assert (tmp_path / "kept/web.png").read_bytes() == b"png"

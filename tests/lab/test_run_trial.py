@@ -81,6 +81,7 @@ def test_a_guest_without_virtio_is_rehearsed_morphed_and_moved(root: Path, guest
     assert rehearsal["timings"]["boot"] > 0
     assert Path(rehearsal["screenshot"]).parent == tmp_path / "pictures"
     assert Path(rehearsal["screenshot"]).read_bytes().startswith(b"\x89PNG")
+    assert "data:image/png" in Path(rehearsal["drawn"]).read_text()
     assert list(root.iterdir()) == []
 
 

@@ -11,7 +11,7 @@ import typer
 from tokvm.cli import options
 from tokvm.cli.output import print_fields, print_json
 from tokvm.core.errors import UsageError
-from tokvm.lab.settings import GuestKind, LabSettings
+from tokvm.lab.settings import GuestKind, LabSettings, pictures_dir
 
 lab = typer.Typer(help="Try tokvm on an embedded hypervisor with a real guest.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -63,7 +63,9 @@ Rehearse = Annotated[
 ]
 Pictures = Annotated[
     Path | None,
-    typer.Option("--pictures", help="A folder for the rehearsals' pictures [they go with the lab].", show_default=False),
+    typer.Option(
+        "--pictures", help="A folder for the rehearsals' pictures and the drawn reports [the lab's cache].", show_default=False
+    ),
 ]
 Folder = Annotated[
     Path | None, typer.Option("--folder", help="Where the lab lives [a new folder of its own].", show_default=False)
@@ -97,7 +99,7 @@ def _settings(
         at_once=at_once,
         rehearse=rehearse,
         way=options.way(way),
-        pictures=pictures,
+        pictures=pictures or pictures_dir(),
     )
 
 

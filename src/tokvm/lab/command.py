@@ -83,6 +83,11 @@ def finish_argv(folder: Path, name: str) -> list[str]:
     return ["finish", name, "--state-dir", str(folder / "state"), "--json", "--events"]
 
 
+def report_argv(folder: Path, name: str, svg: Path, *, outside_s: float) -> list[str]:
+    clock = ("--outside-clock", f"{outside_s:g}s")
+    return ["report", name, "--state-dir", str(folder / "state"), "--svg", str(svg.absolute()), *clock, "--json"]
+
+
 def target_folder(folder: Path, name: str) -> Path:
     return folder / "target" / name
 

@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokvm.lab.clock import OutsideClock
-from tokvm.lab.command import Event, Finished, cutover_argv, migrate_argv, rehearse_argv, run_tokvm, sync_argv
+from tokvm.lab.command import Event, Finished, cutover_argv, migrate_argv, rehearse_argv, report_argv, run_tokvm, sync_argv
 from tokvm.lab.errors import LabError
 from tokvm.lab.home import LabRecord
 from tokvm.lab.settings import LabSettings
 
 COPIED = ("verdict", "works", "why", "way", "ways", "screenshot", "predicted_downtime_s", "predicted_parts", "timings", "proof")
+KEPT = 100
+"""Pictures and reports of earlier labs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +84,27 @@ def _boots(move: Move) -> frozenset[str]:
 
 
 def _copied(move: Move, document: dict[str, object]) -> dict[str, object]:
-    """What the lab's document tells of a rehearsal. Its picture goes with the lab, unless there is a folder for pictures."""
+    """What the lab's document tells of a rehearsal; its picture would go with the lab."""
     found = {key: document[key] for key in COPIED if key in document}
-    picture, folder = Path(str(found.get("screenshot") or "")), move.settings.pictures
-    if folder is not None and picture.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        found["screenshot"] = str(shutil.copyfile(picture, folder / f"{move.name}{picture.suffix}"))
+    picture = Path(str(found.get("screenshot") or ""))
+    if picture.is_file():
+        found["screenshot"] = str(shutil.copyfile(picture, _kept(move.settings, f"{move.name}{picture.suffix}")))
     return found
+
+
+def draw_report(folder: Path, settings: LabSettings, name: str, *, outside_s: float) -> dict[str, object]:
+    """`drawn`: where `tokvm report` drew the move, foretold and actual, with the rehearsal's picture in it."""
+    path = _kept(settings, f"{name}.svg")
+    done = run_tokvm(report_argv(folder, name, path, outside_s=outside_s), folder, timeout_s=settings.migrate_timeout_s)
+    if done.code != 0:
+        raise LabError("the report was not drawn", where=name, fix="\n".join(done.messages))
+    return {"drawn": str(path)}
+
+
+def _kept(settings: LabSettings, name: str) -> Path:
+    """A path in the folder that outlives the lab. The oldest files there go: nobody else clears the cache."""
+    settings.pictures.mkdir(parents=True, exist_ok=True)
+    ours = sorted(settings.pictures.glob("lab*-*.*"), key=lambda path: path.stat().st_mtime)
+    for old in ours[:-KEPT]:
+        old.unlink(missing_ok=True)
+    return settings.pictures / name

@@ -20,6 +20,7 @@ from tokvm.lab.command import Event
 
 MEASURED = ("stop", "delta", "morph", "start")
 PARTS = (*MEASURED, "boot")
+SEEN = (("picture", "screenshot"), ("drawn", "drawn"))
 OPTIONAL = frozenset({"morph"})
 
 
@@ -99,6 +100,7 @@ def as_text(report: GuestReport) -> str:
         lines.append(
             f"  rehearsal {report.rehearsal.get('verdict')}, by {report.rehearsal.get('way')}: {report.rehearsal.get('why')}"
         )
+        lines += [f"  {key:<9} {report.rehearsal[name]}" for key, name in SEEN if report.rehearsal.get(name)]
     for one in report.passes:
         size, seconds = _number(one.get("bytes")), _number(one.get("seconds"))
         lines.append(f"  pass      {one.get('kind', '?')!s:<6} {format_bytes(size):>9}  {format_duration(seconds)}")

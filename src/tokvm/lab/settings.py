@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
 from tokvm.core.units import KiB, MiB
 from tokvm.guest.base import Way
 from tokvm.lab.errors import LabError
+from tokvm.lab.kernel import cache_dir
 
 SOURCES = ("xenserver", "hyperv", "esxi", "esxi-vmfs5", "esxi-locked", "vcenter", "vcenter-api")
 
@@ -34,13 +35,17 @@ BOOT_TIMEOUTS_S = {GuestKind.DEBIAN_NO_VIRTIO: 1200.0}
 BOOT_TIMEOUT_S = 300.0
 
 
+def pictures_dir() -> Path:
+    return cache_dir() / "pictures"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabSettings:
     """write_rate: bytes/s that each guest's background writer makes. link_rate: bytes/s between source and tokvm, None for as
     fast as loopback; rtt_s: added to each round trip. passes: base and deltas before the cutover's final delta. disk_size and
     boot_timeout_s: 0 for what the guest needs. at_once: how many guests are moved at a time, 0 for all. rehearse: sync,
     rehearse, cut over, instead of migrate; way: how the cutover has to make the guest boot, None for the rehearsal's best.
-    pictures: a folder for what the rehearsals saw.
+    pictures: a folder for what the rehearsals saw and for the drawn report, which outlive the lab.
     """
 
     source: str = "xenserver"
@@ -54,7 +59,7 @@ class LabSettings:
     at_once: int = 0
     rehearse: bool = False
     way: Way | None = None
-    pictures: Path | None = None
+    pictures: Path = field(default_factory=pictures_dir)
     boot_timeout_s: float = 0.0
     migrate_timeout_s: float = 1800.0
 

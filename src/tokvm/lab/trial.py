@@ -17,7 +17,7 @@ from tokvm.lab.command import Event, Finished, finish_argv, run_tokvm, target_fo
 from tokvm.lab.errors import LabError
 from tokvm.lab.home import LabRecord
 from tokvm.lab.machines import LabMachine
-from tokvm.lab.moving import Move, Moved, move, predicted
+from tokvm.lab.moving import Move, Moved, draw_report, move, predicted
 from tokvm.lab.played import LabHost
 from tokvm.lab.report import GuestReport, LabOutcome, downtime
 from tokvm.lab.settings import LabSettings
@@ -76,6 +76,9 @@ def _migrate(lab: Lab, machine: LabMachine, settings: LabSettings, progress: Pro
         _wait_for_new_writes(lab.clock, machine.name, boot, timeout_s=settings.boot_timeout_s)
         report = _report(lab, machine, moved, boot)
         finished = run_tokvm(finish_argv(lab.folder, machine.name), lab.folder, timeout_s=settings.migrate_timeout_s)
+        if finished.code == 0 and settings.rehearse:
+            drawn = draw_report(lab.folder, settings, machine.name, outside_s=report.downtime_s["total"])
+            report = replace(report, rehearsal={**report.rehearsal, **drawn})
     except TokvmError as exc:
         return _failure(lab, machine, str(exc))
     if finished.code != 0:
