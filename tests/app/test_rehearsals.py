@@ -19,7 +19,7 @@ from tokvm.app.ways import Replay, by_way
 from tokvm.core.errors import UsageError
 from tokvm.core.machine import DiskBus, Finding, Severity
 from tokvm.domain.base import DomainPlan, LifeSign, LifeSigns, Outcome, Sign
-from tokvm.guest.base import GuestDisk, GuestError, GuestFacts, Judgement, OsFamily, Verdict, Way
+from tokvm.guest.base import GuestDisk, GuestError, GuestFacts, Judgement, LinuxFacts, OsFamily, Verdict, Way
 from tokvm.guest.morph_store import MorphStore
 from tokvm.migration.book import Book
 from tokvm.migration.doors import Silent
@@ -65,6 +65,9 @@ class FakeMicro:
 
     broken = False
 
+    def __init__(self) -> None:
+        self.names: list[dict[str, str]] = []
+
     @staticmethod
     def windows_drivers_at_hand(virtio_win: str | None) -> bool:
         return False
@@ -74,7 +77,8 @@ class FakeMicro:
         def as_json(self) -> dict[str, Any]:
             return {"initrds": ["/boot/initrd.img"]}
 
-    def plan(self, appliance: FakeAppliance, facts: GuestFacts, folder: Path, **_: Any) -> Plan:
+    def plan(self, appliance: FakeAppliance, facts: GuestFacts, folder: Path, *, names: dict[str, str], **_: Any) -> Plan:
+        self.names.append(names)
         return self.Plan()
 
     def apply(self, appliance: FakeAppliance, plan: Plan, folder: Path, *, throw_away: bool) -> None:
@@ -155,6 +159,15 @@ def test_the_best_way_is_booted_and_kept_for_the_cutover(setting: Setting) -> No
 def test_one_appliance_looks_and_morphs(setting: Setting) -> None:
     setting.rehearse()
     assert len(FakeAppliance.launched) == 1
+
+
+def test_the_names_that_the_network_is_configured_for_are_kept_by_a_way_that_can(setting: Setting) -> None:
+    setting.facts = replace(DEBIAN, linux=LinuxFacts(interfaces=("enX0", "enX1")))
+    setting.judgement = replace(NO_VIRTIO, verdict=Verdict.READY, ways=(Way.NONE,))
+    document = setting.rehearse()
+    assert setting.micro.names == [{nic.mac: f"enX{nic.index}" for nic in make_plan().vm.nics}]
+    assert document["way"] == Way.MICRO
+    assert any("configured for enX0, enX1" in finding["what"] for finding in document["findings"])
 
 
 def test_the_next_way_is_tried_when_one_shows_no_life(setting: Setting) -> None:

@@ -241,7 +241,7 @@ def test_a_full_file_system_is_seen_before_anything_is_written(lab: Lab) -> None
     one = planned.initrds[0]
     lab.g.free = one.segment_size + MiB - 4096
 
-    with pytest.raises(GuestError, match="needed for the new initramfs"):
+    with pytest.raises(GuestError, match="needed for the longer initramfs"):
         lab.apply(planned)
     assert lab.g.writes == []
 

@@ -12,24 +12,26 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from tokvm.app.morphers import Convert
+from tokvm.app.rehearsal_answer import Attempt, answer, unknown
 from tokvm.app.ways import Replay, hardware_of, loader_of
 from tokvm.core.errors import TokvmError, UsageError
 from tokvm.core.machine import Severity
 from tokvm.domain.base import PROOFS, DomainPlan, LifeSigns, Outcome
 from tokvm.guest import micro
 from tokvm.guest.appliance import Appliance
-from tokvm.guest.base import GuestDisk, GuestFacts, Judgement, OsFamily, Way
+from tokvm.guest.base import GuestDisk, GuestError, GuestFacts, Judgement, OsFamily, Way
 from tokvm.guest.inspection import inspect
 from tokvm.guest.kernel_way import boot_files, kernel_way
 from tokvm.guest.morph_store import MorphStore
-from tokvm.guest.verdict import judge
+from tokvm.guest.nic_names import NicNames, names_to_keep
+from tokvm.guest.verdict import judge, with_names
 from tokvm.migration.book import Book
 from tokvm.migration.doors import Observer
 from tokvm.migration.phases import Phase
@@ -37,6 +39,7 @@ from tokvm.migration.rounds import newest_done, rounds_of, unfinished
 
 log = logging.getLogger(__name__)
 
+LASTING = (".png", ".log")
 REHEARSED = (Way.NONE, Way.MICRO, Way.KERNEL, Way.COMPATIBLE, Way.VIRT_V2V)
 
 
@@ -73,22 +76,6 @@ class Stage:
     convert: Convert | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """One way tried. timings: seconds (`morph`, `boot`); why: of a failure, or what showed life."""
-
-    way: Way
-    works: bool
-    why: str
-    timings: dict[str, float]
-    replay: Replay
-    sign: str = ""
-    picture: str = ""
-
-    def to_dict(self) -> dict[str, object]:
-        return {"way": self.way, "works": self.works, "why": self.why, "timings": self.timings}
-
-
 def require_frozen(book: Book) -> None:
     """Between passes only: in the middle of one the disks are of two moments."""
     phase, rounds = book.phase, rounds_of(book)
@@ -111,30 +98,41 @@ class Rehearser:
         self._number = len(stage.book.rehearsals()) + 1
         self._timings: dict[str, float] = {}
         self._launched: Appliance | None = None
+        self._names = NicNames()
 
     def run(self) -> dict[str, object]:
-        """The document, as it is kept in the journal. TokvmError: nothing is known of the guest, nothing is kept."""
+        """The document, as it is kept in the journal. A guest that cannot be inspected is an answer too. TokvmError: it could
+        not be tried at all; nothing is kept."""
         require_frozen(self._stage.book)
         self._stage.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _cleared(self._stage.store), ExitStack() as stack:
-            facts, judgement = self._look(stack)
-            attempts = [*self._attempts(facts, judgement)]
-        document = self._document(facts, judgement, attempts)
+            facts, judgement, attempts = self._tried(stack)
+        document = answer(facts, judgement, attempts, self._timings)
         best = attempts[-1] if attempts else None
         self._stage.book.rehearsed(best.way if best else "", document, works=best is not None and best.works)
         return document
 
-    # ---- looking
-
-    def _look(self, stack: ExitStack) -> tuple[GuestFacts, Judgement]:
-        """The appliance stays for the first way, which may need it: to boot another would take as long again."""
+    def _tried(self, stack: ExitStack) -> tuple[GuestFacts, Judgement, list[Attempt]]:
+        """Without any attempt where the guest cannot be inspected: it is not known which system, or what, to boot."""
         self._step("inspect the guest")
         begun = time.monotonic()
-        overlays = self._stage.store.begin()
-        self._launched = Appliance.launch(overlays, readonly=False, tcg=self._stage.tcg)
+        appliance = self._launched = Appliance.launch(self._stage.store.begin(), readonly=False, tcg=self._stage.tcg)
         stack.callback(self._abandon)
-        facts = inspect(self._launched, root=self._wishes.root)
+        try:
+            facts, judgement = self._look(appliance)
+        except GuestError as refused:
+            facts, judgement = unknown(refused, len(self._stage.store.disks))
+            self._say(facts, judgement)
+            return facts, judgement, []
         self._timings["inspection"] = _since(begun)
+        self._say(facts, judgement)
+        return facts, judgement, [*self._attempts(facts, judgement)]
+
+    # ---- looking
+
+    def _look(self, appliance: Appliance) -> tuple[GuestFacts, Judgement]:
+        """The appliance stays for the first way, which may need it: to boot another would take as long again."""
+        facts = inspect(appliance, root=self._wishes.root)
         judgement = judge(
             facts,
             len(self._stage.store.disks),
@@ -142,10 +140,21 @@ class Rehearser:
             windows_drivers=micro.windows_drivers_at_hand(self._wishes.virtio_win),
             virt_v2v=self._stage.convert is not None,
         )
+        self._names = self._names_to_keep(facts)
+        return facts, with_names(judgement, self._names)
+
+    def _say(self, facts: GuestFacts, judgement: Judgement) -> None:
         self._stage.observer.note(f"{facts.product or facts.family}: {judgement.verdict} ({judgement.why})")
         for finding in judgement.findings:
             self._stage.observer.note(f"{finding.severity}: {finding.what}" + (f" ({finding.fix})" if finding.fix else ""))
-        return facts, judgement
+
+    def _names_to_keep(self, facts: GuestFacts) -> NicNames:
+        if facts.linux is None:
+            return NicNames()
+        domain, source = self._stage.plan, self._stage.book.record().source
+        return names_to_keep(
+            facts.linux, domain.vm.nics, slots_kept=domain.machine == "q35", in_order=source.startswith("xenserver:")
+        )
 
     def _ways(self, judgement: Judgement) -> tuple[Way, ...]:
         """A way that was asked for is tried even where the judgement does not propose it."""
@@ -157,10 +166,12 @@ class Rehearser:
     def _attempts(self, facts: GuestFacts, judgement: Judgement) -> Iterator[Attempt]:
         """Each way until one works; the last attempt is the result."""
         for way in self._ways(judgement):
+            kept = frozenset(self._stage.folder.iterdir())
             attempt = self._try(way, facts, judgement)
             yield attempt
             if attempt.works:
                 return
+            _forget_prepared(self._stage.folder, kept)
             self._stage.observer.note(f"way {way}: does not work: {attempt.why}")
 
     # ---- one way
@@ -185,7 +196,7 @@ class Rehearser:
             return self._boot(way, draft, timings)
         except TokvmError as failed:
             log.info("rehearsal by %s failed: %s", way, failed)
-            return Attempt(way, works=False, why=failed.what, timings=timings, replay=draft)
+            return Attempt(way, works=False, why=failed.what, timings=timings, replay=draft, fix=failed.fix)
 
     def _morph(self, way: Way, facts: GuestFacts, draft: Replay) -> tuple[Replay, float]:
         """The overlays as the cutover would leave the disks, and the seconds that it would spend on it in the downtime."""
@@ -201,7 +212,12 @@ class Rehearser:
                 kernel = {"image": str(files.kernel), "initrd": str(files.initrd), "cmdline": files.cmdline}
                 return replace(draft, kernel=kernel, boot_files=boot_files(facts)), 0.0
             macs = [nic.mac for nic in self._stage.plan.vm.nics]
-            plan = micro.plan(appliance, facts, self._stage.folder, virtio_win=self._wishes.virtio_win, macs=macs)
+            plan = micro.plan(
+                *(appliance, facts, self._stage.folder),
+                virtio_win=self._wishes.virtio_win,
+                macs=macs,
+                names=self._names.by_mac,
+            )
             appliance.forget()
             begun = time.monotonic()
             micro.apply(appliance, plan, self._stage.folder, throw_away=True)
@@ -240,27 +256,6 @@ class Rehearser:
             return ""
         return str(taken.replace(self._stage.folder / f"rehearsal-{self._number}-{way}.png"))
 
-    # ---- the result
-
-    def _document(self, facts: GuestFacts, judgement: Judgement, attempts: Sequence[Attempt]) -> dict[str, object]:
-        best = attempts[-1] if attempts else None
-        timings = {**self._timings, **(best.timings if best else {})}
-        return {
-            "verdict": judgement.verdict,
-            "verdicts": list(judgement.disks),
-            "works": best is not None and best.works,
-            "why": best.why if best else judgement.why,
-            "way": best.way if best else "",
-            "ways": list(judgement.ways),
-            "guest": {"product": facts.product, "distro": facts.distro, "arch": facts.arch, "root": facts.root},
-            "findings": [{"severity": f.severity, "what": f.what, "fix": f.fix} for f in judgement.findings],
-            "attempts": [attempt.to_dict() for attempt in attempts],
-            "screenshot": best.picture if best else "",
-            "timings": timings,
-            "proof": {"sign": best.sign if best else "", "seconds": timings.get("boot")},
-            "replay": best.replay.to_json() if best and best.works else None,
-        }
-
     def _step(self, name: str) -> None:
         self._stage.observer.step(name)
 
@@ -276,6 +271,13 @@ def _cleared(store: MorphStore) -> Iterator[None]:
             shutil.rmtree(store.folder, ignore_errors=True)
         finally:
             store.close()
+
+
+def _forget_prepared(folder: Path, kept: frozenset[Path]) -> None:
+    """Nobody replays a way that failed, and a kernel with its initramfs is large. Pictures and logs are for people."""
+    for file in folder.iterdir():
+        if file not in kept and file.is_file() and file.suffix not in LASTING:
+            file.unlink()
 
 
 def _since(begun: float) -> float:

@@ -117,8 +117,9 @@ def refuse_failed(records: Sequence[RehearsalRecord], *, where: str, forced: boo
     last = newest(records)
     if last is None or last.works or forced:
         return
+    mend = last.document.get("fix") or "mend the guest, sync"
     raise Blocked(
         f"the last rehearsal failed: {last.document.get('why', 'the guest showed no life')}",
         where=where,
-        fix="mend the guest, sync and rehearse again; or cut over all the same with --despite-rehearsal",
+        fix=f"{mend}; then rehearse again, or cut over all the same with --despite-rehearsal",
     )

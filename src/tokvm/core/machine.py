@@ -69,8 +69,9 @@ class Disk:
 
 @dataclass(frozen=True, slots=True)
 class Nic:
-    """`mac` is lower case, colon separated. `network` is the source's name of the network it is plugged into. `slot` is the PCI
-    slot that the guest names it after (192: ens192; VMware: `ethernetN.pciSlotNumber`), None when the source says nothing."""
+    """`index`: the source's number of it (XenServer: the vif's device). `mac` is lower case, colon separated. `network` is
+    the source's name of the network it is plugged into. `slot` is the PCI slot that the guest names it after (192: ens192;
+    VMware: `ethernetN.pciSlotNumber`), None when the source says nothing."""
 
     index: int
     mac: str

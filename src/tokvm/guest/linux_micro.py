@@ -23,6 +23,7 @@ from tokvm.core.units import KiB, MiB, format_bytes
 from tokvm.guest import durable
 from tokvm.guest.appliance import Appliance
 from tokvm.guest.base import GuestError, GuestFacts
+from tokvm.guest.drives import VIRTIO, buses_of_kernel, drives_virtio
 from tokvm.guest.initrd.modules import BUS, DISKS
 from tokvm.guest.linux_initrd import Extended, extend, linux_of, mounted, mounts_that_matter, read_if_there, stamp
 from tokvm.guest.micro_plan import MicroPlan, PlannedFile, PlannedInitrd, link_files, sha256
@@ -41,9 +42,9 @@ _SNIPPETS = {
 
 
 def plan(appliance: Appliance, facts: GuestFacts, store: Path, *, names: Mapping[str, str] | None = None) -> MicroPlan:
-    """What makes this guest boot from virtio; its segments are put into `store` (a folder of ours), on the medium. Nothing may
-    be mounted. `names`: MAC address → name of the NIC, for those that shall keep one. GuestError when the default kernel's
-    initramfs cannot be extended; other kernels that cannot are `left_out`."""
+    """What makes this guest boot from virtio, and keep its NICs' names; its segments are put into `store` (a folder of ours),
+    on the medium. Nothing may be mounted. `names`: MAC address → name of the NIC, for those that shall keep one. GuestError
+    when the default kernel's initramfs cannot be extended; other kernels that cannot are `left_out`."""
     started = time.monotonic()
     linux = linux_of(facts)
     mounts = mounts_that_matter(facts.mounts)
@@ -52,9 +53,13 @@ def plan(appliance: Appliance, facts: GuestFacts, store: Path, *, names: Mapping
     initrds, left_out = [], []
     with mounted(appliance, mounts):
         for kernel in linux.kernels:
+            if set(VIRTIO) <= set(buses_of_kernel(kernel)):
+                continue
             try:
                 extended = extend(appliance, kernel, facts.arch)
             except GuestError as refused:
+                if drives_virtio(kernel):
+                    continue
                 if kernel == linux.default_kernel:
                     raise
                 left_out.append(f"{kernel.version}: {readable(refused.what)}")
@@ -237,7 +242,7 @@ def _check_room(appliance: Appliance, initrds: Iterable[PlannedInitrd]) -> None:
         free = int(found["bavail"]) * int(found["frsize"])
         if free < size:
             raise GuestError(
-                f"{format_bytes(free)} free, {format_bytes(size)} needed for the new initramfs files",
+                f"{readable(folder)} has {format_bytes(free)} free, {format_bytes(size)} needed for the longer initramfs files",
                 where=folder,
                 fix="remove old kernels in the guest, or take another way than micro",
             )

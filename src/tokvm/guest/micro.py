@@ -24,11 +24,18 @@ MicroPlan = LinuxPlan | WindowsPlan
 
 
 def plan(
-    appliance: Appliance, facts: GuestFacts, store: Path, *, virtio_win: str | None = None, macs: Sequence[str] = ()
+    appliance: Appliance,
+    facts: GuestFacts,
+    store: Path,
+    *,
+    virtio_win: str | None = None,
+    macs: Sequence[str] = (),
+    names: Mapping[str, str] | None = None,
 ) -> MicroPlan:
-    """What makes this guest boot from virtio. virtio_win: the operator's drivers, macs: of the VM's NICs (both for Windows)."""
+    """What makes this guest boot from virtio. virtio_win: the operator's drivers, macs: of the VM's NICs (both for Windows).
+    names: MAC address → name of the NIC (for Linux)."""
     if facts.family is OsFamily.LINUX:
-        return linux_micro.plan(appliance, facts, store)
+        return linux_micro.plan(appliance, facts, store, names=names)
     if facts.family is OsFamily.WINDOWS:
         return windows_micro.plan(appliance, facts, store, tree=windows_micro.find_tree(virtio_win), macs=macs)
     raise GuestError(

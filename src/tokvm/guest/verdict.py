@@ -8,12 +8,13 @@ VIRT_V2V (minutes of downtime), and what only a person can do.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokvm.core.machine import DiskBus, Finding, Firmware, Severity
 from tokvm.core.units import MiB, format_bytes
 from tokvm.guest.base import GuestFacts, InitrdFacts, Judgement, LinuxFacts, OsFamily, Verdict, Way, WindowsFacts
 from tokvm.guest.drives import VIRTIO, buses_of, drives_virtio, has_virtio_drivers, nics_of
+from tokvm.guest.nic_names import NicNames
 
 MICRO_SPACE = 2 * MiB
 """What a micro-morph needs free in /boot: about 1 MiB, and the segment (0.2 MiB packed for Debian 12's cloud kernel)."""
@@ -61,6 +62,24 @@ def judge(
         nics=tuple(str(one) for one in nics_of(facts)),
         findings=(*facts.problems, *outcome.findings),
     )
+
+
+def with_names(judgement: Judgement, names: NicNames) -> Judgement:
+    """The judgement, where the guest's network is configured for names that its cards would not have on KVM."""
+    if names.unsure:
+        what = f"the network is configured for {', '.join(names.unsure[:4])}, and KVM's cards may have other names"
+        fix = "in the guest, bind its configuration to the MAC addresses; or see to it on the console after the move"
+        judgement = replace(judgement, findings=(*judgement.findings, _warning(what, fix)))
+    if not names.by_mac:
+        return judgement
+    kept, ways = ", ".join(list(names.by_mac.values())[:4]), judgement.ways
+    what = f"the network is configured for {kept}, and KVM's cards have other names"
+    fix = (
+        "the way `micro` writes a .link file that keeps them; by any other way, bind the configuration to the MAC address first"
+    )
+    if Way.NONE in ways and Way.MICRO not in ways:
+        ways = (Way.MICRO, *ways)
+    return replace(judgement, ways=ways, findings=(*judgement.findings, _warning(what, fix, "/etc/systemd/network")))
 
 
 def _blocker(what: str, fix: str, where: str = "") -> Finding:

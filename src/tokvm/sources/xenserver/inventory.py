@@ -149,8 +149,11 @@ def sr_values(xe: Xe, disks: list[tuple[str, str]], names: list[str]) -> dict[st
 def _nics(xe: Xe, vm: str) -> tuple[Nic, ...]:
     listing: Command = ("vif-list", f"vm-uuid={vm}")
     rows = xe.table(listing, ["MAC", "network-name-label"], key="device")
-    ordered = sorted(rows, key=lambda row: xe.number(row["device"], (*listing, "params=device"), least=0, most=_MOST_DEVICES))
-    return tuple(Nic(index, _mac(xe, row, listing), row["network-name-label"]) for index, row in enumerate(ordered))
+    numbered = [(xe.number(row["device"], (*listing, "params=device"), least=0, most=_MOST_DEVICES), row) for row in rows]
+    return tuple(
+        Nic(device, _mac(xe, row, listing), row["network-name-label"])
+        for device, row in sorted(numbered, key=lambda one: one[0])
+    )
 
 
 def _mac(xe: Xe, row: Row, listing: Command) -> str:
