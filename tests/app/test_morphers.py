@@ -34,6 +34,7 @@ class Guest:
     log: list[str] = field(default_factory=list)
     changed: bool = False
     writes_early: bool = False
+    layout_changed: bool = False
 
     @property
     def store(self) -> MorphStore:
@@ -63,12 +64,19 @@ def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Guest:
             self.disks = disks
 
         @classmethod
-        def launch(cls, disks: tuple[GuestDisk, ...], *, readonly: bool, tcg: bool) -> FakeAppliance:
+        def launch(cls, disks: tuple[GuestDisk, ...], *, readonly: bool, tcg: bool, deadline_s: float = 900.0) -> FakeAppliance:
             found.log.append("look" if readonly else "launch")
             return cls(disks)
 
+        def give(self, deadline_s: float) -> None:
+            assert deadline_s < morphers.WAITING_S
+
+        def note_layout(self) -> None: ...
+
         def forget(self) -> None:
             found.log.append("forget")
+            if found.layout_changed:
+                raise GuestError("partitions or logical volumes changed")
 
         def abandon(self) -> None:
             found.log.append("abandon")
@@ -130,10 +138,22 @@ def test_what_was_written_before_the_last_delta_never_hides_it(guest: Guest) -> 
     morpher = guest.morpher()
     morpher.prepare(PLAN)
     guest.delta()
-    with pytest.raises(GuestError, match="before the disks were complete"):
-        morpher.morph(PLAN)
+    morpher.morph(PLAN)
+    assert guest.log[2:] == ["launch", "abandon", "launch", "close"], "what waited is of no use: another is started"
+    assert guest.disk.read_bytes() == content(9, 5)
     assert morpher.undo()
     assert guest.disk.read_bytes() == content(1, 5)
+    morpher.release()
+
+
+def test_an_appliance_that_holds_an_old_layout_of_the_disks_is_not_used(guest: Guest) -> None:
+    guest.layout_changed = True
+    morpher = guest.morpher()
+    morpher.prepare(PLAN)
+    guest.delta()
+    morpher.morph(PLAN)
+    assert guest.log[2:] == ["launch", "forget", "abandon", "launch", "close"]
+    assert guest.disk.read_bytes() == content(9, 5)
     morpher.release()
 
 

@@ -124,6 +124,43 @@ def test_the_source_uuid_macs_and_raw_format_arrive(target: LibvirtHost, new_pla
     assert [driver.get("type") for driver in root.findall("devices/disk/driver")] == ["raw"]
 
 
+def test_a_domain_edited_by_hand_is_defined_again_to_the_letter(target: LibvirtHost, new_plan: NewPlan, raw: Any) -> None:
+    plan = new_plan()
+    target.define(plan)
+    target.redefine(edited := _edited(target.definition(plan.vm.uuid)))
+    kept = target.definition(plan.vm.uuid)
+    assert "<description>by hand</description>" in kept
+    assert 'passwd="secret"' in kept.replace("'", '"'), "a console must not lose its password"
+    target.define(plan)
+    assert target.definition(plan.vm.uuid) != kept
+    target.redefine(kept)
+    assert target.definition(plan.vm.uuid) == kept
+    target.define(replace(plan, name=f"{plan.name}-other"))
+    target.redefine(edited)
+    assert raw.lookupByUUIDString(plan.vm.uuid).name() == plan.name
+
+
+def _edited(xml: str) -> str:
+    root = ET.fromstring(xml)
+    root.insert(2, description := ET.Element("description"))
+    description.text = "by hand"
+    devices = root.find("devices")
+    assert devices is not None
+    for graphics in devices.findall("graphics"):
+        devices.remove(graphics)
+    ET.SubElement(devices, "graphics", {"type": "vnc", "autoport": "yes", "passwd": "secret"})
+    return ET.tostring(root, encoding="unicode")
+
+
+def test_a_strangers_or_no_definition_is_not_read(target: LibvirtHost, new_plan: NewPlan, raw: Any) -> None:
+    plan = new_plan()
+    with pytest.raises(DomainError, match="not defined"):
+        target.definition(plan.vm.uuid)
+    raw.defineXML(stranger_xml(plan))
+    with pytest.raises(DomainError, match="not made by tokvm"):
+        target.definition(plan.vm.uuid)
+
+
 def test_another_vms_name_is_refused(target: LibvirtHost, new_plan: NewPlan) -> None:
     first, second = new_plan(), new_plan()
     target.define(first)

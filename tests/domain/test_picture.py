@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import os
+import stat
 import struct
 import zlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +14,7 @@ from hypothesis import strategies as st
 
 from tokvm.core.errors import DomainError
 from tokvm.domain import picture
-from tokvm.domain.picture import PNG, take_picture, to_png
+from tokvm.domain.picture import PNG, keep_picture, take_picture, to_png
 
 
 def chunks(data: bytes) -> list[tuple[bytes, bytes]]:
@@ -78,3 +82,29 @@ def test_an_endless_screen_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DomainError, match="more than"):
         take_picture(screen, screen)
     assert screen.aborted
+
+
+@pytest.fixture
+def no_umask() -> Iterator[None]:
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("no_umask")
+def test_a_picture_is_ours_alone(tmp_path: Path) -> None:
+    path = tmp_path / "screen.png"
+
+    keep_picture(path, PNG)
+
+    assert path.read_bytes() == PNG
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_picture_goes_over_nothing(tmp_path: Path) -> None:
+    """Nor through a link."""
+    (tmp_path / "screen.png").symlink_to(tmp_path / "elsewhere")
+
+    with pytest.raises(FileExistsError):
+        keep_picture(tmp_path / "screen.png", PNG)
+    assert not (tmp_path / "elsewhere").exists()

@@ -161,6 +161,7 @@ def test_a_guest_that_lives_is_seen_and_photographed(stage: Stage, kernel: Direc
     assert 0 < signs[Sign.DHCP].after_s <= signs[Sign.SERIAL].after_s <= signs[Sign.AGENT].after_s <= seen.after_s
     assert seen.tail.endswith("login:")
     assert seen.picture is not None
+    assert seen.picture.stat().st_mode & 0o777 == 0o600
     width, height, pixels = size_of_png(seen.picture.read_bytes())
     assert pixels == height * (width * 3 + 1)
     assert left_in(plan.folder) == [PICTURE]

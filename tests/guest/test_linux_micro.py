@@ -32,7 +32,7 @@ from tokvm.lab.kernel import find_kernel
 from tokvm.remote import process
 
 MODULES = "/etc/initramfs-tools/modules"
-MODULES_BEFORE = "# List of modules\next4"
+MODULES_BEFORE = "# List of modules: ext4, not virtio_blk\next4 virtio_scsi=1"
 LINK = "/etc/systemd/network/10-tokvm-ens192.link"
 BOOT_TIMEOUT_S = 250.0
 BUSES = {"virtio-blk": ["-device", "virtio-blk-pci,drive=d0"], "ide": ["-device", "ide-hd,drive=d0,bus=ide.0"]}

@@ -25,6 +25,11 @@ from tokvm.guest.morph_store import MorphStore, Undone
 
 log = logging.getLogger(__name__)
 
+WAITING_S = 6 * 3600.0
+"""The life of an appliance that waits for the last delta: longer than any shutdown."""
+APPLYING_S = 300.0
+"""Of the replay in the downtime: some seconds, ten times as many on a busy emulated processor."""
+
 Note = Callable[[str], None]
 Convert = Callable[[tuple[GuestDisk, ...]], object]
 """virt-v2v-in-place on these overlays."""
@@ -94,23 +99,33 @@ class WayMorpher:
         """Booting the appliance is most of a micro-morph's time, so it is done before the stop. Its overlays stay empty until
         the last delta has gone below them."""
         overlays = self.store.begin(shared=True)
-        appliance = Appliance.launch(overlays, readonly=False, tcg=self.tcg)
+        appliance = Appliance.launch(overlays, readonly=False, tcg=self.tcg, deadline_s=WAITING_S)
         self._appliance = appliance
         micro.ready(appliance, self._plan())
+        appliance.note_layout()
 
     def _micro(self) -> None:
-        appliance, self._appliance = self._appliance, None
         begun = time.monotonic()
-        if appliance is None:
-            appliance = Appliance.launch(self.store.begin(), readonly=False, tcg=self.tcg)
-        else:
-            self.store.renew()
-            appliance.forget()
-        with appliance:
+        with self._appliance_now() as appliance:
             micro.apply(appliance, self._plan(), self.folder)
         applied = time.monotonic()
         self.store.commit()
         log.info("micro-morph: %.2f s in the appliance, %.2f s to commit", applied - begun, time.monotonic() - applied)
+
+    def _appliance_now(self) -> Appliance:
+        """The one that waits, made to see the last delta; where there is none, or it cannot, another."""
+        appliance, self._appliance = self._appliance, None
+        if appliance is not None:
+            appliance.give(APPLYING_S)
+            try:
+                self.store.renew()
+                appliance.forget()
+            except GuestError as unfit:
+                log.warning("the appliance that waited is no use (%s): another is started", unfit)
+                appliance.abandon()
+            else:
+                return appliance
+        return Appliance.launch(self.store.begin(), readonly=False, tcg=self.tcg)
 
     def _plan(self) -> micro.MicroPlan:
         if self.replay.micro is None:

@@ -18,6 +18,7 @@ from tokvm.cli.migrate import migrate
 from tokvm.cli.modernise import modernise
 from tokvm.cli.morph import morph
 from tokvm.cli.output import print_error
+from tokvm.cli.prestage import prestage
 from tokvm.cli.rehearse import rehearse
 from tokvm.cli.report import report
 from tokvm.cli.rollback import rollback
@@ -52,7 +53,11 @@ def root(
     """Move virtual machines to KVM while they keep running."""
 
 
-for verb in (check, ls, sync, rehearse, cutover, migrate, status, report, rollback, finish, modernise, verify, morph, unmorph):
+VERBS = (
+    *(check, ls, sync, prestage, rehearse, cutover, migrate, status, report, rollback, finish, modernise),
+    *(verify, morph, unmorph),
+)
+for verb in VERBS:
     cli.command()(verb)
 cli.add_typer(image, name="image")
 cli.add_typer(lab, name="lab")

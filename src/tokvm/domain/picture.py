@@ -10,9 +10,11 @@ Formats: netpbm's ppm(5); W3C, "Portable Network Graphics (PNG) Specification (T
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 import zlib
+from pathlib import Path
 from typing import Any
 
 from tokvm.core.errors import DomainError
@@ -41,6 +43,14 @@ def take_picture(connection: Any, domain: Any) -> bytes:
         stream.abort()
         raise
     return to_png(bytes(data), where=domain.name())
+
+
+def keep_picture(path: Path, png: bytes) -> None:
+    """A new file of ours alone: a screen may show what nobody else should read, and QEMU's user passes through the folder.
+    OSError as it is, also when something is there."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "wb") as file:
+        file.write(png)
 
 
 def to_png(data: bytes, *, where: str) -> bytes:

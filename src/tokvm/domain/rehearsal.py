@@ -32,7 +32,7 @@ from tokvm.domain.base import PROOFS, Accel, DiskFormat, DomainPlan, LifeSign, L
 from tokvm.domain.connection import Connection
 from tokvm.domain.frames import Frame, FrameKind, Listener
 from tokvm.domain.nvram import find_template, write_variables
-from tokvm.domain.picture import take_picture
+from tokvm.domain.picture import keep_picture, take_picture
 from tokvm.domain.schema import validate
 from tokvm.domain.serial import LOGIN, SerialLog, find_failure
 from tokvm.domain.xml import Stage, domain_xml, rehearsal_folder
@@ -41,7 +41,8 @@ log = logging.getLogger(__name__)
 
 PREFIX = "tokvm-rehearsal-"
 LOOK_EVERY_S = 0.2
-SERIAL, VARIABLES, PICTURE = "serial.log", "nvram.fd", "screen.png"
+# The domain's own variables may lie in the same folder, under their own name (nvram.fd).
+SERIAL, VARIABLES, PICTURE = "serial.log", "trial-nvram.fd", "screen.png"
 
 _SIGNS = {FrameKind.DHCP: Sign.DHCP, FrameKind.ARP: Sign.ARP, FrameKind.ROUTER_SOLICITATION: Sign.IPV6}
 
@@ -161,7 +162,7 @@ class Rehearsal:
         """A picture is worth having, not worth failing for."""
         path = self._plan.folder / PICTURE
         try:
-            path.write_bytes(take_picture(self._connection.handle(), domain))
+            keep_picture(path, take_picture(self._connection.handle(), domain))
         except (self._connection.libvirt.libvirtError, DomainError, OSError) as failed:
             log.debug("%s: no picture: %s", self._where, failed)
             return None

@@ -35,10 +35,10 @@ def mounts_that_matter(mounts: Mapping[str, str]) -> dict[str, str]:
 
 
 @contextmanager
-def mounted(appliance: Appliance, mounts: Mapping[str, str]) -> Iterator[None]:
+def mounted(appliance: Appliance, mounts: Mapping[str, str], options: str = "") -> Iterator[None]:
     """Mount, and unmount whatever happens: an idle appliance must hold nothing of the disks."""
     try:
-        appliance.mount(mounts)
+        appliance.mount(mounts, options)
         yield
     except BaseException:
         with suppress(GuestError):  # the first error is the one to tell

@@ -92,8 +92,7 @@ def ready(appliance: Appliance, plan: MicroPlan) -> None:
 def check(appliance: Appliance, plan: MicroPlan) -> None:
     """Would `apply` find everything as it was planned? GuestError when not. Nothing is written; nothing may be mounted."""
     with mounted(appliance, plan.mounts):
-        for one in plan.initrds:
-            _has_segment(appliance, one)
+        _check_room(appliance, [one for one in plan.initrds if not _has_segment(appliance, one)])
         for file in plan.files:
             _has_content(appliance, file)
         _check_folders(appliance, plan.folders)
@@ -142,7 +141,8 @@ def _for_next_time(appliance: Appliance, generator: str, *, needed: bool) -> lis
     if generator == "initramfs-tools" and _has_folder(appliance, MODULES_FILE):
         old = read_if_there(appliance, MODULES_FILE, SMALL_FILE)
         text = (old or b"").decode("utf-8", "surrogateescape")
-        lines = [name for name in _DRIVERS if name not in text.split()]
+        there = {word for line in text.splitlines() for word in line.split("#")[0].split()[:1]}
+        lines = [name for name in _DRIVERS if name not in there]
         if not lines:
             return []
         ended = text if text.endswith("\n") or not text else f"{text}\n"

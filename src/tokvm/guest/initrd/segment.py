@@ -16,6 +16,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import posixpath
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -59,10 +60,14 @@ def make(archive: Archive, size: int, *, version: str, arch: str, lists: Lists, 
     files: dict[str, bytes] = {}
     paths: dict[str, str] = {}
     plain = bool(present) and all(path.endswith(".ko") for path in present.values())  # its modprobe may know no other
+    left = SEGMENT_LIMIT
     for name in added:
         path = lists.path(name)
         packed = read(path)
         elf = module_file.unpack(packed, path)
+        left -= max(len(packed), len(elf))
+        if left < 0:
+            raise _too_large()
         module_file.check(elf, version=version, arch=arch, where=path)
         paths[name] = path[: path.rindex(".ko") + 3] if plain else path
         files[f"{folder}/{paths[name]}"] = elf if plain else packed
@@ -100,12 +105,22 @@ def _refuse(archive: Archive, size: int) -> None:
         )
 
 
+def _too_large() -> GuestError:
+    return GuestError(
+        f"virtio's modules and the lists of modules have more than the {SEGMENT_LIMIT} bytes allowed",
+        fix="take another way than micro, or strip the modules in the guest",
+    )
+
+
 def _forced(archive: Archive, lists: Lists) -> dict[str, bytes]:
     text = archive.text(FORCED)
     if text is None:
         return {}
-    listed = text.split()
-    names = [name for name in (BUS, *DISKS) if name in lists.files and name not in listed]
+
+    def listed(name: str) -> bool:
+        return re.search(rf"(?<!\S){name}(?!\S)", text) is not None
+
+    names = [name for name in (BUS, *DISKS) if name in lists.files and not listed(name)]
     ended = text if text.endswith("\n") or not text else f"{text}\n"
     return {FORCED: (ended + "".join(f"{name}\n" for name in names)).encode("utf-8", "surrogateescape")}
 
@@ -123,9 +138,9 @@ def _parents(name: str) -> list[str]:
 
 def _packed(archive: Archive, size: int, entries: list[tuple[str, int, bytes]]) -> tuple[int, bytes]:
     """(offset, bytes). mtime 0 in gzip's header, so that equal input gives equal bytes."""
+    if sum(len(content) for _, _, content in entries) > SEGMENT_LIMIT:
+        raise _too_large()
     plain = cpio.pack(entries)
-    if len(plain) > SEGMENT_LIMIT:
-        raise GuestError(f"virtio's modules have {len(plain)} bytes, more than the {SEGMENT_LIMIT} allowed")
     if archive.pieces[-1].packing is not Packing.LZ4:
         return round_up(size, 4), gzip.compress(plain, 6, mtime=0)
     run = itertools.takewhile(lambda piece: piece.packing is Packing.LZ4, reversed(archive.pieces))

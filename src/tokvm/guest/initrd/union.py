@@ -10,10 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tokvm.core.text import readable
+from tokvm.core.units import MiB
 from tokvm.guest.base import GuestError
 from tokvm.guest.initrd.archive import Archive, module_name
 from tokvm.guest.initrd.index import index
-from tokvm.guest.initrd.modules import Lists, lines_of
+from tokvm.guest.initrd.lines import lines, lines_of
+from tokvm.guest.initrd.modules import Lists
+
+DEP_LIMIT = 8 * MiB  # the largest in the field: 1
 
 
 def depmod_files(
@@ -36,27 +40,31 @@ def depmod_files(
 
 def _dep_lines(text: str | None, lists: Lists, present: Mapping[str, str], added: Mapping[str, str]) -> list[str]:
     where = {**present, **added}
-    lines = [line for line in (text or "").splitlines() if module_name(line.partition(":")[0]) not in added]
-    known = {module_name(line.partition(":")[0]) for line in lines}
+    found = [line for line in lines(text or "") if module_name(line.partition(":")[0]) not in added]
+    known = {module_name(line.partition(":")[0]) for line in found}
     fresh = sorted(name for name in where if name not in known and name in lists.files)
+    size = 0
     for name in fresh:
-        needs = [where[need] for need in lists.needs(name) if need in where]
-        lines.append(f"{where[name]}:{''.join(f' {need}' for need in needs)}")
-    return lines
+        needs = dict.fromkeys(where[need] for need in lists.needs(name) if need in where)
+        found.append(f"{where[name]}:{''.join(f' {need}' for need in needs)}")
+        size += len(found[-1])
+        if size > DEP_LIMIT:  # a short name in modules.dep may stand for a long path in the initramfs
+            raise GuestError(f"a modules.dep of more than {DEP_LIMIT} bytes", fix="run depmod in the guest")
+    return found
 
 
 def _lines(text: str | None, roots: str, kind: str, at: int, present: Mapping[str, str], added: Mapping[str, str]) -> list[str]:
     """The initramfs' own lines, and the root's about the added modules (about all, where the initramfs has no such file)."""
     names = added if text is not None else {**present, **added}
-    lines = (text or "").splitlines()
-    known = frozenset(lines)
-    return lines + [line for line in lines_of(roots, kind, names, at=at) if line not in known]
+    found = list(lines(text or ""))
+    known = frozenset(found)
+    return found + [line for line in lines_of(roots, kind, names, at=at) if line not in known]
 
 
-def _alias_entries(lines: list[str], order: Mapping[str, int]) -> list[tuple[str, int, str]]:
+def _alias_entries(found: list[str], order: Mapping[str, int]) -> list[tuple[str, int, str]]:
     entries = []
-    for line in lines:
-        parts = line.split()
+    for line in found:
+        parts = line.split(None, 3)
         if len(parts) == 3 and parts[0] == "alias":
             name = parts[2].replace("-", "_")
             entries.append((underscored(parts[1]), order.get(name, len(order)), name))
@@ -69,8 +77,8 @@ def underscored(alias: str) -> str:
     return "".join(part if part.startswith("[") else part.replace("-", "_") for part in parts)
 
 
-def _text(lines: list[str]) -> bytes:
-    text = "".join(f"{line}\n" for line in lines)
+def _text(found: list[str]) -> bytes:
+    text = "".join(f"{line}\n" for line in found)
     try:
         return text.encode("ascii")
     except UnicodeEncodeError as exc:

@@ -1,0 +1,121 @@
+"""The appliance's care for what changed below it, and for its own end, on a double of libguestfs' handle."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from typing import Any
+
+import pytest
+
+from tokvm.core.units import MiB
+from tokvm.guest import appliance as module
+from tokvm.guest.appliance import TABLE, Appliance
+from tokvm.guest.base import GuestDisk, GuestError
+
+
+class Handle:
+    """Two disks: sda with a partition table, sdb a physical volume as a whole."""
+
+    def __init__(self) -> None:
+        self.disks = {"/dev/sda": bytearray(2 * MiB), "/dev/sdb": bytearray(2 * MiB)}
+
+    def list_devices(self) -> list[str]:
+        return list(self.disks)
+
+    def list_partitions(self) -> list[str]:
+        return ["/dev/sda1", "/dev/sda2"]
+
+    def part_to_dev(self, partition: str) -> str:
+        return partition[:-1]
+
+    def pvs(self) -> list[str]:
+        return ["/dev/sdb"]
+
+    def pread_device(self, device: str, count: int, offset: int) -> bytes:
+        return bytes(self.disks[device][offset : offset + count])
+
+    def blockdev_flushbufs(self, device: str) -> None: ...
+
+    def drop_caches(self, what: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def handle() -> Handle:
+    return Handle()
+
+
+@pytest.fixture
+def appliance(handle: Handle) -> Any:
+    found = Appliance(handle, [GuestDisk("/a.raw"), GuestDisk("/b.raw")], readonly=False, deadline_s=60)
+    yield found
+    found.abandon()
+
+
+@pytest.mark.parametrize(
+    ("device", "offset"), [("/dev/sda", 446), ("/dev/sda", TABLE - 1), ("/dev/sdb", 4096), ("/dev/sdb", MiB - 1)]
+)
+def test_another_layout_below_it_is_seen(appliance: Appliance, handle: Handle, device: str, offset: int) -> None:
+    appliance.note_layout()
+    appliance.forget()
+    handle.disks[device][offset] ^= 1
+    with pytest.raises(GuestError, match="partitions or logical volumes changed"):
+        appliance.forget()
+
+
+@pytest.mark.parametrize(("device", "offset"), [("/dev/sda", 63 * 512 + 1024), ("/dev/sda", 2 * MiB - 1), ("/dev/sdb", MiB)])
+def test_what_file_systems_write_is_no_other_layout(appliance: Appliance, handle: Handle, device: str, offset: int) -> None:
+    appliance.note_layout()
+    handle.disks[device][offset] ^= 1
+    appliance.forget()
+
+
+def test_a_rehearsal_that_noted_no_layout_forgets_all_the_same(appliance: Appliance, handle: Handle) -> None:
+    handle.disks["/dev/sda"][446] ^= 1
+    appliance.forget()
+
+
+def started(program: str) -> subprocess.Popen[bytes]:
+    """A child of that name that does nothing."""
+    return subprocess.Popen(["bash", "-c", f"exec -a {program} sleep 60"])
+
+
+def test_its_deadline_kills_the_process_that_it_knows_and_asks_nobody(handle: Handle) -> None:
+    """libguestfs answers get_pid only when the call that hangs has ended."""
+    child = started("qemu-system-x86_64")
+    found = Appliance(handle, [GuestDisk("/a.raw")], readonly=False, deadline_s=60)
+    found._pid = child.pid
+    try:
+        found.give(0.05)
+        assert child.wait(timeout=10) == -signal.SIGKILL
+    finally:
+        child.kill()
+        found.abandon()
+
+
+def test_while_it_launches_only_its_own_children_are_killed(handle: Handle, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: dict[int, str] = {}
+    monkeypatch.setattr(module, "_is_ours", lambda pid: names[pid].startswith("qemu"))
+    older = started("older")
+    found = Appliance(handle, [GuestDisk("/a.raw")], readonly=False, deadline_s=60)
+    ours, other = started("ours"), started("other")
+    names = {older.pid: "qemu", ours.pid: "qemu-system-x86_64", other.pid: "ssh"}
+    try:
+        found.give(0.05)
+        assert ours.wait(timeout=10) == -signal.SIGKILL
+        time.sleep(0.1)
+        assert (older.poll(), other.poll()) == (None, None)
+    finally:
+        for one in (older, ours, other):
+            one.kill()
+            one.wait()
+        found.abandon()
+
+
+def test_a_child_is_known_by_its_program() -> None:
+    assert not module._is_ours(os.getpid())
+    assert not module._is_ours(2**22 + 1)
