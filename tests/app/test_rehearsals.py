@@ -16,7 +16,7 @@ from tokvm.app import rehearsals
 from tokvm.app.morph import open_disk
 from tokvm.app.rehearsals import RehearsalWishes, Rehearser, Stage
 from tokvm.app.ways import Replay, by_way
-from tokvm.core.errors import UsageError
+from tokvm.core.errors import DomainError, UsageError
 from tokvm.core.machine import DiskBus, Finding, Severity
 from tokvm.domain.base import DomainPlan, LifeSign, LifeSigns, Outcome, Sign
 from tokvm.guest.base import GuestDisk, GuestError, GuestFacts, Judgement, LinuxFacts, OsFamily, Verdict, Way
@@ -64,6 +64,7 @@ class FakeMicro:
     """The module that plans and applies."""
 
     broken = False
+    leaves = ""
 
     def __init__(self) -> None:
         self.names: list[dict[str, str]] = []
@@ -79,12 +80,14 @@ class FakeMicro:
 
     def plan(self, appliance: FakeAppliance, facts: GuestFacts, folder: Path, *, names: dict[str, str], **_: Any) -> Plan:
         self.names.append(names)
+        if self.leaves:
+            (folder / self.leaves).touch()
         return self.Plan()
 
     def apply(self, appliance: FakeAppliance, plan: Plan, folder: Path, *, throw_away: bool) -> None:
         assert throw_away
         if self.broken:
-            raise GuestError("/boot is full", where="/boot")
+            raise GuestError("/boot is full", where="/boot", fix="remove old kernels")
         change(appliance.disks[0], "write -P 9 0 4096")
 
 
@@ -183,8 +186,62 @@ def test_a_morph_that_fails_is_an_answer_too(setting: Setting) -> None:
     setting.micro.broken = True
     document = setting.rehearse(way=Way.MICRO)
     assert (document["works"], document["why"], document["replay"]) == (False, "/boot is full", None)
+    assert document["fix"] == "remove old kernels"
     assert not setting.book.rehearsals()[0].works
     assert setting.booted == []
+
+
+def test_of_ways_that_all_fail_each_one_is_told(setting: Setting) -> None:
+    setting.micro.broken = True
+    setting.lives_by = set()
+    assert setting.rehearse()["why"] == "micro: /boot is full; compatible: ALERT! UUID=1 does not exist"
+
+
+def test_what_made_the_verdict_is_told_first_when_the_way_that_is_left_fails(setting: Setting) -> None:
+    damaged = Finding(Severity.WARNING, "the initramfs is damaged", "rebuild it")
+    setting.judgement = replace(
+        NO_VIRTIO, verdict=Verdict.COMPATIBLE, why=damaged.what, ways=(Way.COMPATIBLE,), findings=(damaged,)
+    )
+    setting.lives_by = set()
+    document = setting.rehearse()
+    assert document["why"] == "the initramfs is damaged; compatible: ALERT! UUID=1 does not exist"
+    assert document["fix"] == "rebuild it"
+
+
+@pytest.mark.parametrize("wishes", [{}, {"way": Way.NONE}])
+def test_a_guest_that_cannot_be_inspected_is_an_answer_too(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, wishes: dict[str, Any]
+) -> None:
+    def refuse(appliance: FakeAppliance, root: str | None) -> GuestFacts:
+        raise GuestError("2 operating systems are on the disks", fix="give --root")
+
+    monkeypatch.setattr(rehearsals, "inspect", refuse)
+    document = setting.rehearse(**wishes)
+    assert (document["works"], document["verdict"], document["way"]) == (False, "cannot", "")
+    assert (document["why"], document["fix"]) == ("2 operating systems are on the disks", "give --root")
+    assert [record.works for record in setting.book.rehearsals()] == [False]
+    assert setting.booted == []
+
+
+def test_what_a_way_that_failed_had_prepared_goes(setting: Setting) -> None:
+    """And nothing else: an earlier rehearsal's files are still to be replayed."""
+    setting.folder.mkdir()
+    (setting.folder / "segment-1.cpio").write_bytes(b"earlier")
+    setting.lives_by = set()
+    setting.micro.leaves = "segment-2.cpio"
+    setting.rehearse()
+    assert sorted(file.suffix for file in setting.folder.iterdir()) == [".cpio", ".png", ".png"]
+    assert (setting.folder / "segment-1.cpio").exists()
+
+
+def test_a_boot_that_could_not_be_tried_is_no_answer_about_the_guest(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: object) -> LifeSigns:
+        raise DomainError("libvirt is gone", where="qemu:///system")
+
+    monkeypatch.setattr(Setting, "boots", gone)
+    with pytest.raises(DomainError, match="libvirt is gone"):
+        setting.rehearse()
+    assert setting.book.rehearsals() == []
 
 
 def test_nothing_that_works_is_said_and_remembered(setting: Setting) -> None:

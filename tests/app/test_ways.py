@@ -77,7 +77,12 @@ def test_a_failed_rehearsal_stands_in_the_way_until_another_works_or_a_person_sa
     failed = [record(1, Way.MICRO), record(2, Way.MICRO, works=False)]
     with pytest.raises(Blocked, match="no sign of life") as refused:
         refuse_failed(failed, where="web", forced=False)
+    assert refused.value.fix.startswith("mend the guest")
     assert "--despite-rehearsal" in refused.value.fix
+    told = RehearsalRecord(2, 0.0, Way.MICRO, False, {"why": "/boot is full", "fix": "remove old kernels"})
+    with pytest.raises(Blocked, match="/boot is full") as refused:
+        refuse_failed([told], where="web", forced=False)
+    assert refused.value.fix.startswith("remove old kernels; then rehearse again")
     refuse_failed(failed, where="web", forced=True)
     refuse_failed([*failed, record(3, Way.KERNEL)], where="web", forced=False)
     refuse_failed([], where="web", forced=False)

@@ -245,7 +245,9 @@ tokvm.cli.main.main()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("room", [1 << 30, 7, 0])
+@pytest.mark.parametrize(
+    "room", [pytest.param(1 << 30, marks=pytest.mark.nightly), 7, pytest.param(0, marks=pytest.mark.nightly)]
+)
 def test_a_cutover_and_its_rollback_with_room_for_so_many_lines(
     migrate: Run, xen: XenHost, tmp_path: Path, request: pytest.FixtureRequest, room: int
 ) -> None:

@@ -23,6 +23,7 @@ from tokvm.core.units import KiB, MiB
 from tokvm.guest import canary, morph_store
 from tokvm.guest.base import GuestDisk, GuestError, Way
 from tokvm.guest.engines import MorphReport, morph_disks
+from tokvm.guest.morph_advice import UNMORPH, of_cutover
 from tokvm.guest.morph_record import NAME, MorphRecord, MorphState
 from tokvm.guest.morph_store import MorphStore, Undone
 from tokvm.targets.open import TargetSpec, open_target
@@ -519,3 +520,17 @@ def test_a_second_morph_over_a_guest_that_ran_is_refused_and_undoes_nothing(plac
     with place.store() as store, pytest.raises(GuestError, match="somebody wrote"):
         morph_disks(store, Never())
     assert place.path.read_bytes() == ran
+
+
+def test_whose_morph_it_is_decides_what_to_do_about_it(place: Place) -> None:
+    store = place.committed()
+    assert not store.touched()
+    store.close()
+    with place.path.open("r+b") as disk:
+        disk.write(b"\x05" * 4096)
+    for advice, command in ((UNMORPH, "tokvm unmorph --forget"), (of_cutover("a1"), "tokvm rollback a1")):
+        with MorphStore(place.folder, [GuestDisk(str(place.path))], open_disk, advice=advice) as store:
+            assert store.touched()
+            with pytest.raises(GuestError, match="somebody wrote") as refused:
+                store.begin()
+        assert command in refused.value.fix

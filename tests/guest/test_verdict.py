@@ -163,6 +163,10 @@ def test_blocking_findings_say_what_to_do() -> None:
     assert "shutdown /s /f /t 0" in _said(judge(windows(hibernated=True), 1), "hibernated").fix
     assert "chkdsk" in _said(judge(windows(dirty=True), 1), "dirty").fix
     assert "remove an old kernel" in _said(judge(linux(boot_free=1), 1), "/boot has").fix
+    assert judge(linux(boot_free=1), 1).why.startswith("/boot has")
+    damaged = judge(linux(kernel=initrd(modules=NO_MODULES, builtin=VIRTIO, problem="damaged")), 1)
+    assert damaged.verdict is Verdict.READY
+    assert "rebuild it in the guest" in _said(damaged, "the initramfs of 6.1: damaged").fix
     assert _said(judge(replace(WIN_GUEST, arch="i386"), 1, firmware=Firmware.UEFI), "32-bit").severity is Severity.BLOCKER
     problem = Finding(Severity.BLOCKER, "the Windows volume is encrypted by BitLocker", "manage-bde -off C:")
     locked = judge(GuestFacts(OsFamily.OTHER, problems=(problem,)), 1)

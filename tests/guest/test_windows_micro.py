@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import json
+import operator
 import struct
 import subprocess
 from collections.abc import Iterator
@@ -13,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.guest.ntfs_log import mark_in_use
 from tests.guest.signing import new_signing
 from tests.guest.virtio_win import make_tree
 
 from tokvm.guest.appliance import Appliance
 from tokvm.guest.base import GuestDisk, GuestError, GuestFacts, OsFamily, WindowsFacts
 from tokvm.guest.windows import micro
+from tokvm.guest.windows.micro import Ground
 from tokvm.guest.windows.micro_plan import MicroPlan
 from tokvm.lab.windows_guest import WindowsSettings, build_all
 from tokvm.lab.windows_hives import RELEASES
@@ -28,10 +32,12 @@ pytestmark = pytest.mark.slow
 DEVICES = {"viostor": "VEN_1AF4&DEV_1042&SUBSYS_11001AF4&REV_01", "vioscsi": "VEN_1AF4&DEV_1004&SUBSYS_00081AF4&REV_00"}
 """virtio-blk, modern; virtio-scsi, legacy."""
 MAC = "00:50:56:a1:b2:c3"
+SYSTEM = "/Windows/System32/config/SYSTEM"
 GUESTS = {
     "modern": WindowsSettings(version="win2k22", static_ip=True, tools="vmware"),
     "old": WindowsSettings(version="win2k8r2", static_ip=True, uefi=True),
     "asleep": WindowsSettings(version="win10", hibernated=True, fast_startup=True),
+    "running": WindowsSettings(version="win2k22", static_ip=True, tools="vmware"),
 }
 
 
@@ -56,7 +62,7 @@ class Bench:
     def system_hive(self, name: str, out: Path) -> Any:
         """The guest's SYSTEM hive, opened by the host's own hivex."""
         self.appliance.mount({"/": self.devices[name]})
-        out.write_bytes(self.appliance.read("/Windows/System32/config/SYSTEM"))
+        out.write_bytes(self.appliance.read(SYSTEM))
         self.appliance.unmount()
         return importlib.import_module("hivex").Hivex(str(out))
 
@@ -165,10 +171,10 @@ def test_a_hibernated_windows_is_not_written_to(bench: Bench) -> None:
         micro.apply(bench.appliance, plan, bench.store)
     facts = bench.facts("asleep")
     assert facts.windows is not None
-    with pytest.raises(GuestError, match="hibernated"):
-        micro.plan(
-            bench.appliance, replace(facts, windows=replace(facts.windows, hibernated=True)), bench.store, tree=bench.tree
-        )
+    for state in ("hibernated", "dirty"):
+        unfit = replace(facts, windows=replace(facts.windows, **{state: True}))
+        with pytest.raises(GuestError, match=state):
+            micro.plan(bench.appliance, unfit, bench.store, tree=bench.tree)
 
 
 @pytest.mark.nightly
@@ -192,3 +198,64 @@ def test_a_changed_file_in_the_store_is_refused(bench: Bench) -> None:
             micro.apply(bench.appliance, plan, bench.store)
     finally:
         stored.write_bytes(whole)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("version", [(1, 1), (2, 0)], ids=["before Windows 8", "since"])
+def test_a_copy_of_a_running_guest_is_morphed_only_where_it_is_thrown_away(
+    version: tuple[int, int], bench: Bench, tmp_path: Path
+) -> None:
+    """Its NTFS is in use, so that it cannot be written to before the journal is reset, and its registry is half written out."""
+    appliance, g, device = bench.appliance, bench.appliance.g, bench.devices["running"]
+    write_head(bench, "running", half_out(bench, "running"))
+    mark_in_use(
+        lambda count, offset: bytes(g.pread_device(device, count, offset)),
+        lambda data, offset: g.pwrite_device(device, data, offset),
+        version,
+    )
+    plan = bench.plan("running")
+    micro.check(appliance, plan)
+    with pytest.raises(GuestError, match="not shut down cleanly"):
+        micro.apply(appliance, plan, bench.store)
+    appliance.forget()
+    micro.apply(appliance, plan, bench.store, Ground.THROW_AWAY)
+    hive = bench.system_hive("running", tmp_path / "SYSTEM")
+    for driver in DEVICES:
+        assert value(hive, look(hive, "ControlSet001", "Services", driver), "Start") == (4, bytes(4))
+    appliance.mount({"/": device})
+    try:
+        assert g.is_file("/Windows/System32/drivers/vioscsi.sys")
+        assert b"192.0.2.10" in appliance.read("/Windows/tokvm-firstboot/addresses.csv")
+    finally:
+        appliance.unmount()
+
+
+@pytest.mark.nightly
+def test_a_registry_that_is_half_written_out_is_refused_although_the_volume_is_clean(bench: Bench) -> None:
+    plan, whole = bench.plan("modern"), head_of(bench, "modern")
+    write_head(bench, "modern", half_out(bench, "modern"))
+    try:
+        with pytest.raises(GuestError, match="has not written its registry out"):
+            micro.apply(bench.appliance, plan, bench.store)
+    finally:
+        write_head(bench, "modern", whole)
+
+
+def half_out(bench: Bench, name: str) -> bytes:
+    """The SYSTEM hive's base block as it is while Windows writes: its first number is one ahead."""
+    words = list(struct.unpack("<127I", head_of(bench, name)[:508]))
+    words[1] += 1
+    return struct.pack("<128I", *words, functools.reduce(operator.xor, words))
+
+
+def head_of(bench: Bench, name: str) -> bytes:
+    bench.appliance.mount({"/": bench.devices[name]})
+    head = bytes(bench.appliance.g.pread(SYSTEM, 512, 0))
+    bench.appliance.unmount()
+    return head
+
+
+def write_head(bench: Bench, name: str, head: bytes) -> None:
+    bench.appliance.mount({"/": bench.devices[name]})
+    bench.appliance.g.pwrite(SYSTEM, head, 0)
+    bench.appliance.unmount()

@@ -3,6 +3,7 @@
 <state>/guests/<id>/            segment-*.cpio, kernel, initrd, nvram.fd: what a cutover replays
                    /morph/      the cutover's overlays and undo logs (guest.morph_store)
                    /trial/      a rehearsal's overlays; gone when it ends
+                   /modern-N/   those of `tokvm modernise` after cutover number N, and before.xml (app/modern_ledger.py)
                    /rehearsal-N-WAY.png
 """
 
@@ -14,6 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tokvm.app.modern_ledger import ModernLedger, modern_of
 from tokvm.app.modernise import Renewal, modernise
 from tokvm.app.morphers import Convert, WayMorpher
 from tokvm.app.plan import Plan
@@ -27,8 +29,10 @@ from tokvm.domain.host import LibvirtHost
 from tokvm.domain.nvram import find_template, write_variables
 from tokvm.domain.rehearsal import RehearsalPlan
 from tokvm.domain.serial import LOGIN
+from tokvm.guest import micro
 from tokvm.guest.base import GuestDisk, Way
 from tokvm.guest.engines import Conversion, Engine, Micro
+from tokvm.guest.morph_advice import Advice, of_cutover, of_modernise
 from tokvm.guest.morph_store import MorphStore
 from tokvm.guest.virt_v2v import VirtV2v, find_virt_v2v
 from tokvm.migration.book import Book
@@ -46,13 +50,15 @@ DEFAULT_PROOF_S = 300.0
 @dataclass(frozen=True, slots=True)
 class ModernWishes:
     """way: MICRO or VIRT_V2V, None for the first. serial: the line that proves life in the trial boot. deadline_s: for the
-    guest's shutdown; proof_s: for its signs of life."""
+    guest's shutdown; proof_s: for its signs of life. virtio_win: the operator's drivers for Windows, None for those of earlier
+    commands."""
 
     way: Way | None = None
     serial: str | None = None
     proof: Callable[[], bool] | None = None
     deadline_s: float = 300.0
     proof_s: float = DEFAULT_PROOF_S
+    virtio_win: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,9 @@ class GuestSide:
         return self.host.accel() is Accel.TCG
 
     def rehearse(self, domain: DomainPlan, wishes: RehearsalWishes) -> dict[str, object]:
+        """What is not wished anew is as earlier commands said it."""
+        root, virtio_win = wishes.root or self.plan.guest_root, self._virtio_win(wishes.virtio_win)
+        wishes = replace(wishes, root=root or None, virtio_win=virtio_win)
         self._make_reachable(self.folder / "trial")
         stage = Stage(
             book=self.book,
@@ -104,6 +113,12 @@ class GuestSide:
             fix=f"tokvm rehearse {self.book.id} --way {asked}",
         )
 
+    def require_way(self) -> None:
+        """Blocked when the way that was asked for cannot be gone: better before the stop than after it."""
+        replay = self.replay()
+        if replay is not None and replay.way is Way.VIRT_V2V and find_virt_v2v() is None:
+            raise Blocked("virt-v2v-in-place is not installed here", where=self.book.id, fix="install virt-v2v")
+
     def refuse_failed_rehearsal(self, *, forced: bool) -> None:
         records = self.book.rehearsals()
         refuse_failed(records, where=self.book.record().name, forced=forced)
@@ -111,7 +126,10 @@ class GuestSide:
             self.observer.note("this guest's boot on KVM was not rehearsed; `tokvm rehearse` does it while the source runs")
 
     def domain(self, domain: DomainPlan) -> DomainPlan:
-        replay = self.replay()
+        """As the cutover makes it, and as `modernise` made it since: a `cutover` that goes on gives no old hardware back."""
+        replay, modern = self.replay(), modern_of(self.plan, self.book.record())
+        if replay is not None and modern is not None:
+            replay = replace(replay, way=modern.way)
         return domain if replay is None else self._by_way(domain, replay)
 
     def _by_way(self, domain: DomainPlan, replay: Replay) -> DomainPlan:
@@ -126,8 +144,12 @@ class GuestSide:
         return by_way(domain, replay, nvram=str(nvram))
 
     def morpher(self, domain: Callable[[], DomainPlan]) -> Morpher | None:
-        """What the cutover's steps call; None when the way leaves the disks alone, and nothing was ever morphed."""
-        replay = self.replay()
+        """What the cutover's steps call; None when the way leaves the disks alone, and nothing was ever morphed. It never
+        refuses: a rollback or another pass needs no way, only what undoes a morph."""
+        try:
+            replay = self.replay()
+        except Blocked:
+            replay = None
         if replay is None or replay.way not in MORPHED_BY:
             if not (self.folder / "morph").exists():
                 return None
@@ -138,7 +160,7 @@ class GuestSide:
         return WayMorpher(replay, self._store("morph"), self.folder, self.tcg, self.observer.note, convert)
 
     def modernise(self, domain: DomainPlan, wishes: ModernWishes) -> dict[str, object]:
-        """From compatible hardware, or a kernel beside the VM, to virtio. `domain`: the plan without any way."""
+        """From compatible hardware, or a kernel beside the VM, to virtio; once. `domain`: the plan without any way."""
         replay = self.replay()
         if replay is None or replay.way not in (Way.COMPATIBLE, Way.KERNEL):
             raise UsageError(
@@ -146,18 +168,29 @@ class GuestSide:
                 where=self.book.record().name,
                 fix="only after the ways compatible and kernel something is left to do",
             )
-        self._make_reachable(self.folder / "modern")
-        way = wishes.way or Way.MICRO
-        with closing(self._store("modern")) as store:
+        record = self.book.record()
+        modern = modern_of(self.plan, record)
+        if modern is not None and modern.proved:
+            return {"outcome": f"already on virtio (by the way {modern.way}): nothing to do", "downtime_s": {}}
+        way, virtio_win = wishes.way or Way.MICRO, self._virtio_win(wishes.virtio_win)
+        if way is Way.MICRO and replay.windows and not micro.windows_drivers_at_hand(virtio_win):
+            raise Blocked(
+                "there are no virtio drivers for Windows on this host",
+                where=virtio_win or self.book.record().name,
+                fix="get the virtio-win ISO and name it by --virtio-win",
+            )
+        name = f"modern-{record.attempt}"  # what is left of another cutover's must not reach these disks
+        self._make_reachable(self.folder / name)
+        with closing(self._store(name, of_modernise(self.book.id))) as store:
             return modernise(
                 Renewal(
                     uuid=domain.vm.uuid,
-                    name=self.book.record().name,
-                    old=self._by_way(domain, replay),
+                    name=record.name,
                     new=self._by_way(domain, replace(replay, way=way)),
                     host=self.host,
                     store=store,
-                    engine=self._engine(way, domain, replay.root or None),
+                    ledger=ModernLedger(self.book, self.plan, self.folder / name, way),
+                    engine=self._engine(way, domain, replay.root or None, virtio_win),
                     boots=self._boots(wishes.serial, wishes.proof_s or DEFAULT_PROOF_S),
                     observer=self.observer,
                     proof=wishes.proof,
@@ -166,14 +199,18 @@ class GuestSide:
                 )
             )
 
-    def _engine(self, way: Way, domain: DomainPlan, root: str | None) -> Engine:
+    def _virtio_win(self, wished: str | None) -> str | None:
+        return wished or self.plan.virtio_win or None
+
+    def _engine(self, way: Way, domain: DomainPlan, root: str | None, virtio_win: str | None) -> Engine:
         if way is Way.MICRO:
-            return Micro(self.folder, tcg=self.tcg, root=root, on_step=self.observer.step)
+            macs = tuple(nic.mac for nic in domain.vm.nics)
+            return Micro(self.folder, tcg=self.tcg, root=root, virtio_win=virtio_win, macs=macs, on_step=self.observer.step)
         program = find_virt_v2v()
         if program is None or way is not Way.VIRT_V2V:
             raise UsageError(f"a guest cannot be modernised by the way {way} here", fix="give --way micro, or install virt-v2v")
-        log_file = self.folder / "virt-v2v.log"
-        return Conversion(VirtV2v(program, domain.vm, log_file, tcg=self.tcg, root=root, on_step=self.observer.step))
+        log_file, step = self.folder / "virt-v2v.log", self.observer.step
+        return Conversion(VirtV2v(program, domain.vm, log_file, tcg=self.tcg, root=root, virtio_win=virtio_win, on_step=step))
 
     def _boots(self, serial: str | None, deadline_s: float) -> Boots:
         def boots(plan: DomainPlan, overlays: tuple[str, ...], /) -> LifeSigns:
@@ -182,14 +219,15 @@ class GuestSide:
 
         return boots
 
-    def _store(self, name: str) -> MorphStore:
+    def _store(self, name: str, advice: Advice | None = None) -> MorphStore:
         disks = self.book.disks()
         numbers = {disk.path: disk.index for disk in disks}
 
         def opened(disk: GuestDisk, identity: str | None) -> DiskWriter:
             return self.open_disk(numbers[disk.path], identity)
 
-        return MorphStore(self.folder / name, [GuestDisk(disk.path) for disk in disks], opened)
+        advice = advice or of_cutover(self.book.id)
+        return MorphStore(self.folder / name, [GuestDisk(disk.path) for disk in disks], opened, advice=advice)
 
     def _converter(self, domain: DomainPlan, root: str | None, virtio_win: str | None) -> Convert | None:
         program = find_virt_v2v()
@@ -213,7 +251,7 @@ class GuestSide:
 
     def _converter_later(self, domain: Callable[[], DomainPlan], root: str) -> Convert:
         def convert(disks: tuple[GuestDisk, ...]) -> None:
-            made = self._converter(domain(), root or None, self.plan.virtio_win or None)
+            made = self._converter(domain(), root or None, self._virtio_win(None))
             if made is None:
                 raise Blocked("virt-v2v-in-place is not installed here", fix="install virt-v2v")
             made(disks)
@@ -230,4 +268,5 @@ class GuestSide:
 
 def with_way(plan: Plan, way: Way | None, virtio_win: str | None, root: str | None) -> Plan:
     """What the operator said anew about how the guest is made to boot."""
-    return replace(plan, way=way or plan.way, virtio_win=virtio_win or plan.virtio_win, guest_root=root or plan.guest_root)
+    drivers = str(Path(virtio_win).absolute()) if virtio_win else plan.virtio_win  # later commands may run elsewhere
+    return replace(plan, way=way or plan.way, virtio_win=drivers, guest_root=root or plan.guest_root)

@@ -2,89 +2,81 @@
 
     planned by a person: the guest is asked to shut down ─► morph on overlays ─► trial boot of them, isolated ─► does it live?
         no:  the overlays go, the domain starts as before
-        yes: undo log, commit ─► domain with virtio ─► start ─► sign of life
+        yes: undo log, commit ─► domain with virtio ─► start ─► sign of life ─► the journal says so
 
-All of it is downtime, so it is counted and told. Once the guest was started on morphed disks nothing is undone any more: its
-own writes are among the morph's. A morph is additive, so the hardware it had before is then given back over the morphed disks.
+All of it is downtime, so it is counted and told. From the moment the shutdown is asked for, whatever goes wrong is seen to
+(app/modern_rescue.py): a VM that is off is started as it was, one that runs is let run. Once the guest was started on morphed
+disks nothing is undone any more: its own writes are among the morph's. A morph is additive, so only the hardware is given back.
 Each part may be killed and run again.
 """
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import replace
 
-from tokvm.app.rehearsals import Boots
-from tokvm.core.errors import DomainError, TokvmError, UsageError
+from tokvm.app.modern_job import Renewal, runs
+from tokvm.app.modern_rescue import runs_on_half, see_to_it
+from tokvm.core.errors import DomainError, UsageError
 from tokvm.core.units import format_duration
-from tokvm.domain.base import DomainPlan, DomainState, Outcome
-from tokvm.guest.engines import Engine
+from tokvm.domain.base import DomainState, Outcome
 from tokvm.guest.morph_record import MorphState
-from tokvm.guest.morph_store import MorphStore
-from tokvm.migration.doors import Observer
+from tokvm.guest.morph_store import HALF
+from tokvm.migration.doors import Unfailing
 
-log = logging.getLogger(__name__)
+__all__ = ["Renewal", "modernise"]
 
 POLL_S = 0.5
 
 
-class RunningHost(Protocol):
-    """What is asked of the target's libvirt."""
-
-    def define(self, plan: DomainPlan) -> None: ...
-
-    def state(self, uuid: str) -> DomainState: ...
-
-    def start(self, uuid: str) -> None: ...
-
-    def stop(self, uuid: str) -> None: ...
-
-    def shut_down(self, uuid: str, deadline_s: float) -> bool: ...
-
-    def alive(self, uuid: str) -> bool: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Renewal:
-    """old: the domain as it runs today; new: with virtio. proof: a sign of life besides the guest agent's."""
-
-    uuid: str
-    name: str
-    old: DomainPlan
-    new: DomainPlan
-    host: RunningHost
-    store: MorphStore
-    engine: Engine
-    boots: Boots
-    observer: Observer
-    proof: Callable[[], bool] | None = None
-    deadline_s: float = 300.0
-    proof_s: float = 300.0
-
-
 def modernise(job: Renewal) -> dict[str, object]:
-    """The parts of the downtime. TokvmError: it did not work; the VM runs as before, or the message says that it does not."""
+    """The parts of the downtime. TokvmError: it did not work; the VM runs as before, or the message says what else is so."""
+    job = replace(job, observer=Unfailing(job.observer))  # the terminal may go while the VM is off
     if job.host.state(job.uuid) is DomainState.ABSENT:
         raise UsageError("the domain is not here any more", where=job.name, fix="nothing can be modernised")
+    definition, before = job.host.definition(job.uuid), job.ledger.before()
+    if before is not None and before != definition:
+        return _go_on(job, before)
+    _settle_earlier(job)
     begun = time.monotonic()
-    _shut_down(job)
-    parts = {"stop": _since(begun)}
     try:
-        parts |= _morph(job)
+        parts = {"stop": _shut_down(job), **_morph(job), "boot": _renew(job, definition)}
+        total = _since(begun)
+        _done(job, total)
     except BaseException as failed:
-        _start_as_before(job, failed)
+        see_to_it(job, definition, failed)
         raise
-    job.store.forget()  # from the start on an undo would tear the guest's own writes apart, in a later run too
+    return {"outcome": "modernised", "downtime_s": {**parts, "total": total}}
+
+
+def _go_on(job: Renewal, before: str) -> dict[str, object]:
+    """An earlier run gave it virtio, and nobody saw whether it lives: it is not stopped again."""
     try:
-        job.host.define(job.new)
-        parts["boot"] = _start(job, "start it with virtio")
-    except TokvmError as failed:
-        _give_back_hardware(job, failed)
+        boot_s = _wait_for_life(job)
+        _done(job, None)
+    except BaseException as failed:
+        see_to_it(job, before, failed)
         raise
-    return {"outcome": "modernised", "downtime_s": {**parts, "total": _since(begun)}}
+    return {"outcome": "modernised", "downtime_s": {"boot": boot_s}}
+
+
+def _settle_earlier(job: Renewal) -> None:
+    """A morph that an earlier run left committed, and that a guest ran on since, is whole and stays. Nothing is stopped yet."""
+    state = job.store.state()
+    if state in HALF and runs(job):
+        raise runs_on_half(job)
+    if state is MorphState.COMMITTED and (runs(job) or job.store.touched()):
+        job.store.forget()
+
+
+def _shut_down(job: Renewal) -> float:
+    begun = time.monotonic()
+    if not runs(job):
+        return 0.0
+    job.observer.step("ask the guest to shut down")
+    if not job.host.shut_down(job.uuid, job.deadline_s):
+        raise DomainError(f"the guest did not shut down within {format_duration(job.deadline_s)}", where=job.name)
+    return _since(begun)
 
 
 def _morph(job: Renewal) -> dict[str, float]:
@@ -100,57 +92,39 @@ def _morph(job: Renewal) -> dict[str, float]:
     parts["trial"] = _since(at)
     at = time.monotonic()
     job.store.commit()
+    job.store.forget()  # from the start on an undo would tear the guest's own writes apart, in a later run too
     return {**parts, "commit": _since(at)}
 
 
-def _shut_down(job: Renewal) -> None:
-    if job.host.state(job.uuid) is not DomainState.RUNNING:
-        return
-    job.observer.step("ask the guest to shut down")
-    if not job.host.shut_down(job.uuid, job.deadline_s):
-        raise DomainError(
-            f"the guest did not shut down within {format_duration(job.deadline_s)}; nothing was changed",
-            where=job.name,
-            fix="shut it down from inside, then run the same command again",
-        )
-
-
-def _start(job: Renewal, step: str) -> float:
-    """Seconds until it showed life."""
+def _renew(job: Renewal, definition: str) -> float:
+    """Seconds until it showed life on virtio."""
     begun = time.monotonic()
-    job.observer.step(step)
+    if runs(job):
+        raise DomainError("somebody started it meanwhile, on the hardware it had", where=job.name)
+    job.ledger.trying(definition)
+    job.host.define(job.new)
+    job.observer.step("start it with virtio")
     job.host.start(job.uuid)
-    if job.proof_s <= 0:
-        return _since(begun)
-    while not (job.host.alive(job.uuid) or (job.proof is not None and job.proof())):
-        if _since(begun) > job.proof_s:
-            raise DomainError(f"it showed no sign of life within {format_duration(job.proof_s)}", where=job.name)
-        time.sleep(POLL_S)
+    _wait_for_life(job)
     return _since(begun)
 
 
-def _start_as_before(job: Renewal, failed: BaseException) -> None:
-    """The disks are put back exactly, and the domain starts as it was. A morph that is committed stays: it is whole, and a
-    guest may have run on it since (an earlier run died before it could forget it)."""
-    job.observer.note(f"it did not work ({failed}); the VM is started as it was")
-    try:
-        if job.store.state() is not MorphState.COMMITTED:
-            job.store.undo()
-        job.host.define(job.old)
-        job.host.start(job.uuid)
-    except TokvmError as worse:
-        raise DomainError(
-            f"it did not work ({failed}), and starting it as it was failed too: {worse.what}",
-            where=job.name,
-            fix=f"tokvm modernise {job.name} tries again; `virsh start {job.uuid}` starts it as it is",
-        ) from worse
+def _wait_for_life(job: Renewal) -> float:
+    """Seconds. DomainError: it is off, or showed no life in time."""
+    begun = time.monotonic()
+    while True:
+        if not runs(job):
+            raise DomainError("it went off on virtio before anybody saw it live", where=job.name, fix="see its console's log")
+        if job.proof_s <= 0 or job.host.alive(job.uuid) or (job.proof is not None and job.proof()):
+            return _since(begun)
+        if _since(begun) > job.proof_s:
+            raise DomainError(f"it showed no sign of life within {format_duration(job.proof_s)}", where=job.name)
+        time.sleep(POLL_S)
 
 
-def _give_back_hardware(job: Renewal, failed: TokvmError) -> None:
-    job.observer.note(f"{failed.what}; it is started on the hardware it had, over the morphed disks")
-    job.host.stop(job.uuid)
-    job.host.define(job.old)
-    job.host.start(job.uuid)
+def _done(job: Renewal, downtime_s: float | None) -> None:
+    job.ledger.done(downtime_s)
+    job.observer.note(f"its domain was made anew; what was edited in the old one is in {job.ledger.replaced}")
 
 
 def _since(begun: float) -> float:

@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokvm.app.claimed import refuse_claimed
 from tokvm.app.convert import Target
 from tokvm.app.state import prepare_state_dir
 from tokvm.core.errors import Blocked, UsageError
@@ -20,6 +21,7 @@ from tokvm.core.machine import Firmware, VirtualMachine
 from tokvm.core.text import printable
 from tokvm.core.units import GiB
 from tokvm.domain.accel import kvm_works
+from tokvm.guest import micro
 from tokvm.guest.appliance import Appliance
 from tokvm.guest.base import TOUCHES_DISK, GuestDisk, GuestError, Judgement, Way
 from tokvm.guest.engines import Conversion, Engine, Micro, MorphReport, morph_disks
@@ -91,8 +93,11 @@ def look(disks: tuple[GuestDisk, ...], wishes: MorphWishes) -> Outcome:
     with Appliance.launch(disks, readonly=True, tcg=not kvm_works(), deadline_s=wishes.deadline_s) as appliance:
         facts = inspect(appliance, root=wishes.root)
     judged = judge(
-        facts, len(disks), windows_drivers=bool(wishes.virtio_win), virt_v2v=find_virt_v2v() is not None
-    )  # fmt: skip
+        facts,
+        len(disks),
+        windows_drivers=micro.windows_drivers_at_hand(wishes.virtio_win),
+        virt_v2v=find_virt_v2v() is not None,
+    )
     if judged.ways[:1] == (Way.NONE,):
         return Outcome(disks, judged, None)
     way = next((way for way in judged.ways if way in TOUCHES_DISK), None)
@@ -103,9 +108,10 @@ def look(disks: tuple[GuestDisk, ...], wishes: MorphWishes) -> Outcome:
 
 
 def morph(found: Outcome, state_dir: Path, wishes: MorphWishes, on_step: Callable[[str], None]) -> Outcome:
-    """Do it. GuestError, Ctrl-C and the like: the disks hold what they held."""
+    """Do it. GuestError, Ctrl-C and the like: the disks hold what they held. UnsafeTarget: one is a migration's."""
     if found.way is None:
         return found
+    refuse_claimed([disk.path for disk in found.disks], state_dir)
     folder = _folder_for(prepare_state_dir(state_dir), found.disks)
     with closing(MorphStore(folder, found.disks, open_disk)) as store:
         report = morph_disks(store, _engine(found.way, folder, wishes, on_step))
@@ -113,13 +119,16 @@ def morph(found: Outcome, state_dir: Path, wishes: MorphWishes, on_step: Callabl
 
 
 def unmorph(paths: Sequence[str], state_dir: Path, *, forget: bool) -> tuple[Undone, tuple[str, ...]]:
-    """What came of it, and all disks of the morph that these belong to. forget: only the undo logs go, the morph stays."""
+    """What came of it, and all disks of the morph that these belong to. forget: only the undo logs go, the morph stays.
+    UnsafeTarget: a migration has written to one of them since, and what was there before would be put over that."""
     results, disks = [Undone.NOTHING], []
     for folder, recorded in _morphs_of(state_dir, [str(Path(path).absolute()) for path in paths]):
         with closing(MorphStore(folder, recorded, open_disk)) as store:
             if forget:
                 store.forget()
             else:
+                if store.touched():
+                    refuse_claimed([disk.path for disk in recorded], state_dir)
                 results.append(store.undo())
             shutil.rmtree(folder, ignore_errors=True)  # while its lock is held: segments and logs are of no use any more
         disks += [disk.path for disk in recorded]
@@ -136,7 +145,9 @@ def _checked(way: Way) -> Way:
 def _engine(way: Way, folder: Path, wishes: MorphWishes, on_step: Callable[[str], None]) -> Engine:
     tcg = not kvm_works()
     if way is Way.MICRO:
-        return Micro(folder, tcg=tcg, root=wishes.root, deadline_s=wishes.deadline_s, on_step=on_step)
+        return Micro(
+            folder, tcg=tcg, root=wishes.root, virtio_win=wishes.virtio_win, deadline_s=wishes.deadline_s, on_step=on_step
+        )
     program = find_virt_v2v()
     if program is None:
         raise Blocked("virt-v2v-in-place is not installed here", fix=FIX_INSTALL)

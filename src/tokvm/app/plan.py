@@ -49,11 +49,21 @@ class TargetChoice:
 
 
 @dataclass(frozen=True, slots=True)
+class Modern:
+    """The target of cutover number `attempt` was given virtio afterwards, by `way`. proved: it showed life on it."""
+
+    way: Way
+    attempt: int
+    proved: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """One migration's decisions. `source` is the URL without secrets; `targets` are in the order of the VM's disks.
 
     way: how the guest is made to boot, None for what the newest rehearsal found; virtio_win: the operator's drivers for Windows
-    (ISO or folder); guest_root: libguestfs' name of the system that is meant, where there are several.
+    (ISO or folder); guest_root: libguestfs' name of the system that is meant, where there are several. modern: what `tokvm
+    modernise` did, or tries.
     """
 
     source: str
@@ -68,6 +78,7 @@ class Plan:
     way: Way | None = None
     virtio_win: str = ""
     guest_root: str = ""
+    modern: Modern | None = None
 
     def kept(self) -> Plan:
         """As it is stored: a host key is believed anew only when the operator says so again."""
@@ -84,7 +95,14 @@ class Plan:
             raise UsageError("the stored plan has another shape", fix="it was written by another version of tokvm")
         known["bus"] = DiskBus(str(known.get("bus", DiskBus.VIRTIO_BLK)))
         known["way"] = Way(str(known["way"])) if known.get("way") else None
+        known["modern"] = _modern(known.get("modern"))
         return cls(ssh=SshOptions(**ssh), targets=tuple(TargetChoice(**t) for t in targets), **known)  # type: ignore[arg-type]
+
+
+def _modern(stored: object) -> Modern | None:
+    if not isinstance(stored, dict):
+        return None
+    return Modern(Way(str(stored["way"])), int(stored["attempt"]), bool(stored["proved"]))
 
 
 @dataclass(frozen=True, slots=True)

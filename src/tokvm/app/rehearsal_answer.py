@@ -66,16 +66,17 @@ def answer(
 
 def _why_not(judgement: Judgement, attempts: Sequence[Attempt]) -> str:
     """What the guest has against it, then what became of each way: the last failure alone would hide the one to mend."""
-    blockers = [one.what for one in _blockers(judgement)]
-    if not blockers and len(attempts) == 1:
+    against = [one.what for one in _against(judgement)]
+    if not against and len(attempts) == 1:
         return attempts[0].why
-    return "; ".join([*blockers, *(f"{one.way}: {one.why}" for one in attempts)]) or judgement.why
+    return "; ".join([*against, *(f"{one.way}: {one.why}" for one in attempts)]) or judgement.why
 
 
 def _fix(judgement: Judgement, attempts: Sequence[Attempt]) -> str:
-    fixes = [one.fix for one in _blockers(judgement)] + [one.fix for one in attempts]
+    fixes = [one.fix for one in _against(judgement)] + [one.fix for one in attempts]
     return next((one for one in fixes if one), "")
 
 
-def _blockers(judgement: Judgement) -> list[Finding]:
-    return [one for one in judgement.findings if one.severity is Severity.BLOCKER]
+def _against(judgement: Judgement) -> list[Finding]:
+    """Blockers; and what made the verdict, which is a warning only while another way is left."""
+    return [one for one in judgement.findings if one.severity is Severity.BLOCKER or one.what == judgement.why]

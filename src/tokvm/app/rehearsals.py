@@ -21,7 +21,7 @@ from typing import Protocol
 from tokvm.app.morphers import Convert
 from tokvm.app.rehearsal_answer import Attempt, answer, unknown
 from tokvm.app.ways import Replay, hardware_of, loader_of
-from tokvm.core.errors import TokvmError, UsageError
+from tokvm.core.errors import ImageError, UsageError
 from tokvm.core.machine import Severity
 from tokvm.domain.base import PROOFS, DomainPlan, LifeSigns, Outcome
 from tokvm.guest import micro
@@ -193,10 +193,11 @@ class Rehearser:
         timings: dict[str, float] = {}
         try:
             draft, timings["morph"] = self._morph(way, facts, draft)
-            return self._boot(way, draft, timings)
-        except TokvmError as failed:
+        except (GuestError, ImageError, UsageError) as failed:
             log.info("rehearsal by %s failed: %s", way, failed)
             return Attempt(way, works=False, why=failed.what, timings=timings, replay=draft, fix=failed.fix)
+        # A boot that could not be tried (libvirt is gone) says nothing about the guest: that error is the command's.
+        return self._boot(way, draft, timings)
 
     def _morph(self, way: Way, facts: GuestFacts, draft: Replay) -> tuple[Replay, float]:
         """The overlays as the cutover would leave the disks, and the seconds that it would spend on it in the downtime."""

@@ -7,7 +7,7 @@ Workshop.resume(NAME) ─────────────────┴─�
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -25,7 +25,7 @@ from tokvm.domain.base import DomainPlan
 from tokvm.domain.host import LibvirtHost
 from tokvm.guest.base import Way
 from tokvm.migration.book import Book
-from tokvm.migration.doors import Doors, Observer
+from tokvm.migration.doors import Doors, Observer, Unfailing
 from tokvm.migration.journal import Journal
 from tokvm.migration.phases import Phase
 from tokvm.migration.records import MigrationRecord
@@ -110,22 +110,20 @@ class Workshop:
 
     def modernise(self, name: str, wishes: ModernWishes) -> dict[str, object]:
         """Virtio for a VM that was cut over without. The source is not asked: it may be gone."""
-        record = self.journal.find(name)
-        if record.phase not in (Phase.STARTED, Phase.COMMITTED):
-            raise UsageError(f"it was not cut over (phase {record.phase})", where=record.name, fix="tokvm cutover")
-        plan = Plan.from_json(record.plan)
-        host = LibvirtHost(plan.libvirt)
-        book = self.journal.book(record.id)
+        found = self.journal.find(name).id
+        with self.journal.lock(found):
+            book = self.journal.book(found)
+            record = book.record()
+            if record.phase not in (Phase.STARTED, Phase.COMMITTED):
+                raise UsageError(f"it was not cut over (phase {record.phase})", where=record.name, fix="tokvm cutover")
+            plan = Plan.from_json(record.plan)
 
-        def opened(index: int, identity: str | None) -> DiskWriter:
-            return open_known(book, plan, index, identity)
+            def opened(index: int, identity: str | None) -> DiskWriter:
+                return open_known(book, plan, index, identity)
 
-        try:
-            with self.journal.lock(record.id):
-                guest = GuestSide(self.state_dir, book, plan, host, self.observer, opened)
+            with closing(LibvirtHost(plan.libvirt)) as host:
+                guest = GuestSide(self.state_dir, book, plan, host, Unfailing(self.observer), opened)
                 return guest.modernise(domain_plan(machine_from(record.vm), plan), wishes)
-        finally:
-            host.close()
 
     def _refuse_blocked(self, vm: VirtualMachine, plan: Plan, source: Source) -> None:
         findings = [*source.check(vm), *check_targets(vm, plan.targets), *unmapped(vm, plan.networks)]
@@ -176,29 +174,40 @@ class Job:
         despite_rehearsal: bool = False,
     ) -> CutoverReport:
         """The cutover, after libvirt was asked whether it could run the VM: better now than with the source off."""
+        if self._book.phase not in (Phase.STARTED, Phase.COMMITTED):
+            self.guest.require_way()
         if self._book.phase in (Phase.COPY, Phase.ROLLED_BACK) and self.migration.status().passes_done:
             self.guest.refuse_failed_rehearsal(forced=despite_rehearsal)
             self._refuse_unrunnable()
         return self._migration(sign).cutover(budget_s=budget_s, force_off=force_off, deadline_s=deadline_s, proof_s=proof_s)
 
     def choose_way(self, way: Way | None, virtio_win: str | None, root: str | None) -> None:
-        """How the guest is made to boot, kept for later commands. Before the cutover only: after it the way was gone."""
+        """How the guest is made to boot, kept for later commands. Before the cutover only: after it the way was gone. Blocked,
+        and nothing kept, when the way was not rehearsed and must be."""
         plan = with_way(self._plan, way, virtio_win, root)
         if plan == self._plan:
             return
-        if self._book.phase not in (Phase.COPY, Phase.ROLLED_BACK):
-            raise UsageError(f"a cutover is under way or done (phase {self._book.phase})", where=self.record.name)
-        self._book.replan(plan.kept().to_json())
-        self._plan = plan
-        self.guest = self._guest_side()
+        with self._shop.journal.lock(self.record.id):
+            if self._book.phase not in (Phase.COPY, Phase.ROLLED_BACK):
+                raise UsageError(f"a cutover is under way or done (phase {self._book.phase})", where=self.record.name)
+            guest = replace(self.guest, plan=plan)
+            guest.require_way()
+            self._book.replan(plan.kept().to_json())
+            self._plan, self.guest = plan, guest
 
     def rehearse(self, wishes: RehearsalWishes) -> dict[str, object]:
-        """Boot a throw-away copy of the last pass. The migration is locked meanwhile."""
+        """Boot a throw-away copy of the last pass. The migration is locked meanwhile. What was asked for and worked is kept for
+        the cutover; what did not work bars nothing but itself."""
         with self._shop.journal.lock(self.record.id):
             document = self.guest.rehearse(self._bare_domain_plan(), wishes)
+            if document["works"]:
+                self.choose_way(wishes.way, wishes.virtio_win, wishes.root)
             return with_prediction(document, self._migration().status().prediction)
 
-    def cutover_steps(self) -> list[str]:
+    def cutover_steps(self, way: Way | None = None) -> list[str]:
+        """way: as if it had been chosen; it is not kept."""
+        self.guest = replace(self.guest, plan=with_way(self._plan, way, None, None))
+        self.guest.require_way()
         self._refuse_unrunnable()
         return [
             f"stop {self.record.name!r} on {self._plan.source}, and wait until two witnesses say it is off",

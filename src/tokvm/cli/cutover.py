@@ -42,10 +42,10 @@ def cutover(
     ):
         budget_s, deadline_s, proof_s = options.duration(budget), options.seconds(deadline), options.seconds(proof)
         sign = proof_of(probe)
-        job.choose_way(options.way(way), virtio_win, guest_root)
         if dry_run:
-            print_lines(job.cutover_steps(), json=json)
+            print_lines(job.cutover_steps(options.way(way)), json=json)
             return
+        job.choose_way(options.way(way), virtio_win, guest_root)
         report = job.cut_over(
             budget_s=budget_s,
             force_off=force_off,

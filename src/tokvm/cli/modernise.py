@@ -17,6 +17,7 @@ from tokvm.core.units import format_duration
 def modernise(
     name: options.Name,
     way: Annotated[str | None, typer.Option("--way", help="How: micro or virt-v2v [micro].", show_default=False)] = None,
+    virtio_win: options.VirtioWin = None,
     sign_serial: options.SignSerial = None,
     probe: options.Probe = None,
     deadline: options.Deadline = "5m",
@@ -31,11 +32,19 @@ def modernise(
         options.running(json=json, events=events, verbose=verbose) as reporter,
         Workshop.open(state_dir, reporter) as shop,
     ):
-        wishes = ModernWishes(options.way(way), sign_serial, proof_of(probe), options.seconds(deadline), options.seconds(proof))
+        wishes = ModernWishes(
+            options.way(way),
+            sign_serial,
+            proof_of(probe),
+            deadline_s=options.seconds(deadline),
+            proof_s=options.seconds(proof),
+            virtio_win=virtio_win,
+        )
         document = shop.modernise(name, wishes)
     if json:
         print_json(document)
         return
     parts = document["downtime_s"]
+    say(str(document["outcome"]))
     for part, seconds in parts.items() if isinstance(parts, dict) else ():
         say(f"downtime {part}: {format_duration(seconds)}")

@@ -37,13 +37,17 @@ def morph(
 ) -> None:
     """Make the guest on these disks boot on KVM. All or nothing; tokvm unmorph gives every byte back. The VM must be off."""
     from tokvm.app import morph as app
+    from tokvm.app.claimed import refuse_claimed
     from tokvm.app.state import default_state_dir
 
     with options.running(json=json, events=events, verbose=verbose) as reporter:
         wishes = app.MorphWishes(options.way(way), guest_root, virtio_win, _firmware(firmware), options.seconds(deadline))
-        found = app.look(app.disks_of(disks, image_format), wishes)
+        state = state_dir or default_state_dir()
+        meant = app.disks_of(disks, image_format)
+        refuse_claimed([disk.path for disk in meant], state)  # before an appliance is waited for; `morph` asks again
+        found = app.look(meant, wishes)
         if not dry_run:
-            found = app.morph(found, state_dir or default_state_dir(), wishes, reporter.step)
+            found = app.morph(found, state, wishes, reporter.step)
         if json:
             print_json(found.to_dict())
         else:

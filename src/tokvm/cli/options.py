@@ -250,8 +250,12 @@ def _set_up_logging(verbose: int) -> None:
     logging.raiseExceptions = False  # a log that cannot be written must not be the end of a migration
 
 
-def _on_term(_number: int, _frame: FrameType | None) -> None:
-    """SIGTERM and SIGHUP end like Ctrl-C: children are killed, the journal says how far it came."""
+def _on_term(number: int, _frame: FrameType | None) -> None:
+    """SIGTERM and SIGHUP end like Ctrl-C: children are killed, the journal says how far it came.
+
+    A terminal that closes sends SIGHUP twice, by its shell and by the kernel: the second would end what puts a VM right."""
+    if number == signal.SIGHUP:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

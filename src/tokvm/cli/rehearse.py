@@ -34,9 +34,9 @@ def rehearse(
         Workshop.open(state_dir, reporter, recorder) as shop,
         shop.resume(name) as job,
     ):
-        chosen = options.way(way)
-        job.choose_way(chosen, virtio_win, guest_root)
-        document = job.rehearse(RehearsalWishes(chosen, guest_root, virtio_win, sign_serial, options.seconds(deadline)))
+        document = job.rehearse(
+            RehearsalWishes(options.way(way), guest_root, virtio_win, sign_serial, options.seconds(deadline))
+        )
     if json:
         print_json(document)
     else:

@@ -189,6 +189,7 @@ def print_rehearsal(document: Mapping[str, object]) -> None:
     say(f"{'works' if document['works'] else 'does not work'}: {document['why']}")
     print_fields(
         (
+            ("fix", str(document["fix"])),
             ("verdict", str(document["verdict"])),
             ("way", str(document["way"])),
             *((f"tried {one['way']}", str(one["why"])) for one in (attempts if isinstance(attempts, list) else [])),

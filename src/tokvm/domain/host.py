@@ -77,6 +77,25 @@ class LibvirtHost:
             self._connection.handle().defineXMLFlags(xml, self._libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
         log.info("%s: defined %s (%s)", self.url, name, uuid)
 
+    def definition(self, uuid: str) -> str:
+        """libvirt's own XML of how the domain starts next, whoever edited it. A console's password is in it: only for
+        `redefine`."""
+        domain = self._own(uuid)
+        if domain is None:
+            raise DomainError("the domain is not defined", where=self._where(uuid))
+        with self._connection.translated("cannot read the domain", where=self._where(uuid)):
+            xml: str = domain.XMLDesc(self._libvirt.VIR_DOMAIN_XML_INACTIVE | self._libvirt.VIR_DOMAIN_XML_SECURE)
+        return xml
+
+    def redefine(self, xml: str) -> None:
+        """Define to the letter what `definition` gave. Nothing is validated: libvirt had taken it so."""
+        root = ET.fromstring(xml)
+        name, uuid = root.findtext("name", ""), root.findtext("uuid", "")
+        self._make_room(name, uuid)
+        with self._connection.translated("libvirt does not take the domain back", where=self._where(uuid)):
+            self._connection.handle().defineXML(xml)
+        log.info("%s: defined %s (%s) as it was", self.url, name, uuid)
+
     def state(self, uuid: str) -> DomainState:
         domain = self._connection.look_up(uuid)
         if domain is None:

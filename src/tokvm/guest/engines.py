@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -74,12 +74,14 @@ def _undo(store: MorphStore, failed: BaseException) -> None:
 class Micro:
     """The micro-morph of whatever guest is found: looked at, planned and applied in one appliance.
 
-    store: a folder of ours for the plan's files. root: which system, where there are several."""
+    store: a folder of ours for the plan's files. root: which system, where there are several. virtio_win: the operator's
+    drivers for Windows; macs: of the VM's NICs, as far as they are known."""
 
     store: Path
     tcg: bool
     root: str | None = None
     virtio_win: str | None = None
+    macs: Sequence[str] = ()
     deadline_s: float = 900.0
     on_step: Callable[[str], None] = log.info
 
@@ -90,7 +92,7 @@ class Micro:
             watch.begins("inspect")
             facts = inspect(appliance, root=self.root)
             watch.begins("plan")
-            plan = micro.plan(appliance, facts, self.store, virtio_win=self.virtio_win)
+            plan = micro.plan(appliance, facts, self.store, virtio_win=self.virtio_win, macs=self.macs)
             watch.begins("apply")
             micro.apply(appliance, plan, self.store)
             watch.begins("close")

@@ -30,6 +30,7 @@ from tokvm.core.units import MiB, format_bytes
 from tokvm.guest import canary, durable, overlay
 from tokvm.guest.base import GuestDisk, GuestError
 from tokvm.guest.committing import Commit
+from tokvm.guest.morph_advice import UNMORPH, Advice
 from tokvm.guest.morph_record import DiskNote, MorphRecord, MorphState, forget_record
 from tokvm.guest.overlay import Overlay
 from tokvm.guest.undo import UndoLog
@@ -61,10 +62,11 @@ class MorphStore:
 
     One process at a time works in a folder (flock); `close` gives it back."""
 
-    def __init__(self, folder: Path, disks: Sequence[GuestDisk], open_disk: DiskOpener) -> None:
+    def __init__(self, folder: Path, disks: Sequence[GuestDisk], open_disk: DiskOpener, *, advice: Advice = UNMORPH) -> None:
         self.folder = folder
         self.disks = tuple(disks)
         self._open_disk = open_disk
+        self._advice = advice
         self._lock = -1
         self._begun = False
         self._empty: tuple[int, ...] = ()
@@ -74,6 +76,11 @@ class MorphStore:
     def state(self) -> MorphState:
         record = MorphRecord.read(self.folder)
         return MorphState.NOTHING if record is None else record.state
+
+    def touched(self) -> bool:
+        """It is committed, and somebody wrote to the disks since (a guest that ran), or that cannot be told."""
+        record = MorphRecord.read(self.folder)
+        return record is not None and record.state is MorphState.COMMITTED and _touched(record)
 
     def begin(self, *, shared: bool = False) -> tuple[GuestDisk, ...]:
         """Fresh overlays, to be morphed. What an earlier morph left is undone first; GuestError when that one was committed and
@@ -101,6 +108,7 @@ class MorphStore:
     def renew(self) -> None:
         """The disks below were written to since `begin` (the last delta), and that is how they shall be now. GuestError when an
         overlay holds anything: it would hide what was written."""
+        self._refuse_full()
         record = self._needed()
         sizes = tuple(self._overlay(number).stat().st_size for number in range(len(record.disks)))
         if record.state is not MorphState.OVERLAYS or not self._begun or sizes != self._empty:
@@ -169,7 +177,7 @@ class MorphStore:
             return
         self._take_lock()
         if self.state() in HALF:
-            raise GuestError("the disks hold half a morph", where=str(self.folder), fix="undo it first: tokvm unmorph")
+            raise GuestError("the disks hold half a morph", where=str(self.folder), fix=self._advice.half)
         self._drop()
 
     def close(self) -> None:
@@ -186,13 +194,11 @@ class MorphStore:
     # ---- begin
 
     def _undo_earlier(self) -> None:
-        record = MorphRecord.read(self.folder)
-        written = record is not None and record.state is MorphState.COMMITTED and _touched(record)
-        if written or self.undo() is Undone.TOUCHED:
+        if self.touched() or self.undo() is Undone.TOUCHED:
             raise GuestError(
                 "these disks were morphed before, and somebody wrote to them since (a guest that ran)",
                 where=", ".join(disk.path for disk in self.disks),
-                fix="if they shall stay so: tokvm unmorph --forget; if the morph shall go: tokvm unmorph, and copy them anew",
+                fix=self._advice.touched,
             )
 
     def _refuse_full(self) -> None:

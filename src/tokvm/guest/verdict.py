@@ -119,7 +119,7 @@ def _linux(linux: LinuxFacts, buses: tuple[DiskBus, ...], *, virt_v2v: bool) -> 
     if any(bus in VIRTIO for bus in buses):
         direct = [] if kernel.measured or not kernel.initrd else [Way.KERNEL]
         why = f"the initramfs of {kernel.version} drives {_listed(buses, VIRTIO)} already"
-        return Outcome(Verdict.READY, why, (Way.NONE, *direct, *others), notes)
+        return Outcome(Verdict.READY, why, (Way.NONE, *direct, *others), (*notes, *_damaged(kernel)))
     stops = _stops(linux, kernel)
     if stops is None:
         return _micro(linux, kernel, others, notes, virt_v2v=virt_v2v)
@@ -134,8 +134,8 @@ def _linux(linux: LinuxFacts, buses: tuple[DiskBus, ...], *, virt_v2v: bool) -> 
 def _micro(linux: LinuxFacts, kernel: InitrdFacts, others: list[Way], notes: tuple[Finding, ...], *, virt_v2v: bool) -> Outcome:
     """Virtio can be added. A full /boot only closes the way that writes there."""
     tail = (*others, *([Way.VIRT_V2V] if virt_v2v else []), Way.PRESTAGE)
-    why = f"the initramfs of {kernel.version} lacks virtio, and the guest has the drivers for it"
     if linux.boot_free >= MICRO_SPACE:
+        why = f"the initramfs of {kernel.version} lacks virtio, and the guest has the drivers for it"
         return Outcome(Verdict.MICRO, why, (Way.MICRO, Way.KERNEL, *tail), notes)
     full = _warning(
         f"/boot has {format_bytes(linux.boot_free)} free, and a micro-morph needs {format_bytes(MICRO_SPACE)}",
@@ -143,7 +143,17 @@ def _micro(linux: LinuxFacts, kernel: InitrdFacts, others: list[Way], notes: tup
         "/boot",
     )
     # virt-v2v rebuilds the whole initramfs beside the old one: it needs far more.
-    return Outcome(Verdict.MICRO, why, (Way.KERNEL, *(one for one in tail if one is not Way.VIRT_V2V)), (*notes, full))
+    return Outcome(Verdict.MICRO, full.what, (Way.KERNEL, *(one for one in tail if one is not Way.VIRT_V2V)), (*notes, full))
+
+
+def _damaged(kernel: InitrdFacts) -> tuple[Finding, ...]:
+    """Where the kernel itself drives the disk (Ubuntu's has virtio built in), what else the initramfs was for may be missed."""
+    said = _warning(
+        f"the initramfs of {kernel.version}: {kernel.problem}",
+        "rebuild it in the guest, then `tokvm sync` again",
+        kernel.initrd,
+    )
+    return (said,) if kernel.initrd and kernel.problem else ()
 
 
 def _stops(linux: LinuxFacts, kernel: InitrdFacts) -> Finding | None:

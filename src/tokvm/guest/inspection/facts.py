@@ -77,11 +77,12 @@ def _mount_points(tree: Tree, root: str) -> dict[str, str]:
 
 
 def _mount(tree: Tree, mounts: dict[str, str]) -> None:
-    """The root must mount; another file system that does not is a problem, and is left out of `mounts`."""
-    tree.appliance.mount({"/": mounts["/"]})
+    """The root must mount; another file system that does not is a problem, and is left out of `mounts`. Read-only, so that
+    ntfs-3g does not clear the journal of a Windows that was not shut down: the morph after us has to see it."""
+    tree.appliance.mount({"/": mounts["/"]}, "ro")
     for point in sorted(set(mounts) - {"/"}, key=len):
         try:
-            tree.appliance.mount({point: mounts[point]})
+            tree.appliance.mount({point: mounts[point]}, "ro")
         except GuestError as failed:
             if not tree.appliance.g.is_ready():
                 raise

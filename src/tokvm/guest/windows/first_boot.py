@@ -28,7 +28,7 @@ from tokvm.guest.base import GuestError
 from tokvm.guest.windows.addresses import Adapter, as_csv
 from tokvm.guest.windows.certificates import to_import
 from tokvm.guest.windows.driver_tree import DriverSet
-from tokvm.guest.windows.registry import Expand, Hive, Value, control_set
+from tokvm.guest.windows.registry import Expand, Hive, Value
 
 FOLDER = "tokvm-firstboot"
 SERVICE = "tokvm-firstboot"
@@ -85,9 +85,9 @@ def find_runner() -> bytes | None:
     return data
 
 
-def add_service(hive: Hive, *, with_runner: bool) -> None:
-    """The service in the SYSTEM hive's current control set."""
-    path = (control_set(hive), "Services", SERVICE)
+def add_service(hive: Hive, current: str, *, with_runner: bool) -> None:
+    """The service in the SYSTEM hive. current: the name of its current control set."""
+    path = (current, "Services", SERVICE)
     folder = f"%SystemRoot%\\{FOLDER}"
     shell = f'"%SystemRoot%\\System32\\cmd.exe" /c "{folder}\\first-boot.cmd"'
     started = f'"%SystemRoot%\\System32\\cmd.exe" /c start "tokvm" /b {shell}'

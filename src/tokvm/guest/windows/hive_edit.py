@@ -19,7 +19,7 @@ import struct
 from collections.abc import Iterable
 
 from tokvm.guest.base import GuestError
-from tokvm.guest.windows.registry import Expand, Hive, Value, control_set
+from tokvm.guest.windows.registry import Expand, Hive, Value
 
 SCSI_CLASS = "{4D36E97B-E325-11CE-BFC1-08002BE10318}"
 DEVICES = {
@@ -54,9 +54,8 @@ def check_base_block(head: bytes, where: str) -> None:
         )
 
 
-def make_boot_start(hive: Hive, drivers: Iterable[str]) -> None:
-    """Services and device ids for `drivers` (keys of DEVICES), in the current control set."""
-    current = control_set(hive)
+def make_boot_start(hive: Hive, current: str, drivers: Iterable[str]) -> None:
+    """Services and device ids for `drivers` (keys of DEVICES). current: the name of the current control set."""
     database = has_database(hive)
     for driver in drivers:
         service = (current, "Services", driver)
@@ -79,10 +78,10 @@ def has_database(hive: Hive) -> bool:
     return bool(hive.find(("DriverDatabase",)))
 
 
-def enable_inbox(hive: Hive) -> tuple[str, ...]:
+def enable_inbox(hive: Hive, current: str) -> tuple[str, ...]:
     """Let the guest's own drivers for other controllers start at boot; the names of those it has. Windows starts a boot driver
     without its hardware without complaint."""
-    services = hive.find((control_set(hive), "Services"))
+    services = hive.find((current, "Services"))
     found = tuple(name for name in INBOX if services and hive.find((name,), services))
     for name in found:
         hive.drop((name, "StartOverride"), services)

@@ -3,10 +3,13 @@
     plan    before the cutover, on any state of the disks: which drivers, what the first boot does
     ready   in a launched appliance that waits for the last delta
     check   would `apply` find what was planned?
-    apply   inside the downtime: two driver files, one tar, a dozen keys in the SYSTEM hive
+    apply   inside the downtime: two driver files, the first boot's folder, a dozen keys in the SYSTEM hive
 
 `apply` checks everything before it writes, and twice is the same as once. The hive is edited in its place, so that it keeps its
-security descriptor; what undoes half an edit is the overlay below.
+security descriptor; what undoes half an edit is the overlay below, which is also why no file is written beside and renamed.
+
+Where the appliance is emulated, a call of hivex is a millisecond; what costs is that hivex writes the whole hive out (17 MiB:
+8 to 10 s of CPU in ntfs-3g's 4 KiB steps, 5 s with big_writes) and the programs that calls start (mv, tar: 0.2 to 1 s each).
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ from __future__ import annotations
 import io
 import logging
 import os
+import posixpath
 import tarfile
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -37,11 +40,17 @@ from tokvm.guest.windows.registry import Hive, control_set
 
 log = logging.getLogger(__name__)
 
+HIVE = "/System32/config/SYSTEM"
 HIVE_LIMIT = 256 * MiB
 DRIVER_LIMIT = 16 * MiB
 READ_ONLY = 1
 """ST_RDONLY of statvfs(3)."""
+WRITING = "big_writes,norecover"
+"""ntfs-3g(8): up to 128 KiB in one step; and a journal that is in use is not cleared, as is its default for Windows before 8 (for
+later ones it never does): the volume is read-only then, which `_check_writable` sees."""
+LOOKING = "ro"
 FULL_STOP = "start the guest and shut it down for good: shutdown /s /f /t 0, with Fast Startup off (powercfg /h off)"
+CHECK_DISK = "in the guest: chkdsk C: /f, restart it, then `tokvm sync` again"
 TREES = ("/usr/share/virtio-win/virtio-win.iso", "/usr/share/virtio-win")
 
 
@@ -80,13 +89,14 @@ def plan(
     found = find_drivers(tree or find_tree(None), target_of(facts))
     _refuse_blockers(found.findings)
     mounts = {"/": facts.root}
-    with mounted(appliance, mounts):
+    with mounted(appliance, mounts, LOOKING):
         hive_path = _hive(appliance, windows.systemroot)
         hive_sha256 = sha256(appliance.read(hive_path, HIVE_LIMIT))
         with Hive.open(appliance, hive_path) as hive:
             current, database = control_set(hive), hive_edit.has_database(hive)
             adapters, lost = static_adapters(hive, macs)
-        old = {driver.name: _old_driver(appliance, windows.systemroot, driver.name) for driver in found.storage}
+        places = {driver.name: _driver_path(appliance, windows.systemroot, driver.name) for driver in found.storage}
+        old = {name: _old_driver(appliance, path) for name, path in places.items()}
     drivers = tuple(_planned(driver, old[driver.name], store) for driver in found.storage)
     runner = first_boot.find_runner()
     return MicroPlan(
@@ -117,7 +127,7 @@ def ready(appliance: Appliance, plan: MicroPlan) -> None:
 
 def check(appliance: Appliance, plan: MicroPlan) -> None:
     """Is this still the guest that was planned for? GuestError when not. For a running guest's disks too; it writes nothing."""
-    with mounted(appliance, plan.mounts):
+    with mounted(appliance, plan.mounts, LOOKING):
         _check_drivers(appliance, plan)
         with Hive.open(appliance, _hive(appliance, plan.systemroot)) as hive:
             _check_hive(hive, plan)
@@ -125,28 +135,29 @@ def check(appliance: Appliance, plan: MicroPlan) -> None:
 
 def apply(appliance: Appliance, plan: MicroPlan, store: Path, ground: Ground = Ground.SHUT_DOWN) -> None:
     """Do what was planned; twice is the same as once. Nothing may be mounted. GuestError before anything is written when the
-    guest is not as it was planned for or was not shut down for good; after that, the disks' overlay is what undoes it."""
+    guest is not as it was planned for or was not shut down for good; after that, the disks' overlay is what undoes it. Closing
+    the appliance flushes it all."""
     drivers = {driver.service: driver.stored.read(store) for driver in plan.drivers}
-    plan.first_boot.read(store)
+    first = _unpacked(plan.first_boot.read(store))
     if ground is Ground.THROW_AWAY:
         _reset_journal(appliance, plan.mounts)
-    with mounted(appliance, plan.mounts):
+    with mounted(appliance, plan.mounts, WRITING):
         _check_writable(appliance)
         hive_path = _hive(appliance, plan.systemroot)
         if ground is Ground.SHUT_DOWN:
             with appliance.translated("cannot read the registry"):
                 head = bytes(appliance.g.pread(hive_path, hive_edit.BASE_BLOCK, 0))
             hive_edit.check_base_block(head, hive_path)
-        _check_drivers(appliance, plan)
+        places = _check_drivers(appliance, plan)
         with Hive.open(appliance, hive_path, write=True) as hive:
             _check_hive(hive, plan)
-            _write_files(appliance, plan, drivers, store)
-            hive_edit.make_boot_start(hive, drivers)
-            inbox = hive_edit.enable_inbox(hive)
-            first_boot.add_service(hive, with_runner=plan.runner)
+            _write_first_boot(appliance, hive_path[: -len(HIVE)], first)
+            for service, content in drivers.items():
+                appliance.write(places[service], content)
+            hive_edit.make_boot_start(hive, plan.control_set, drivers)
+            inbox = hive_edit.enable_inbox(hive, plan.control_set)
+            first_boot.add_service(hive, plan.control_set, with_runner=plan.runner)
             hive.commit()
-    with appliance.translated("cannot write the guest's file systems out"):
-        appliance.g.sync()
     log.info("boot-start drivers: %s; of its own: %s", ", ".join(drivers), ", ".join(inbox))
 
 
@@ -155,6 +166,8 @@ def _windows_of(facts: GuestFacts) -> WindowsFacts:
         raise GuestError("this guest is no Windows", fix="choose another way")
     if facts.windows.hibernated:
         raise GuestError("Windows is hibernated; its disk must not be written to", where="hiberfil.sys", fix=FULL_STOP)
+    if facts.windows.dirty:  # on a rehearsal's copy nobody would notice: its journal is reset, whatever state it is in
+        raise GuestError("the Windows volume is marked dirty; its disk must not be written to", where="C:", fix=CHECK_DISK)
     return facts.windows
 
 
@@ -196,8 +209,14 @@ def _tar(files: Mapping[str, bytes]) -> bytes:
     return out.getvalue()
 
 
+def _unpacked(packed: bytes) -> dict[str, bytes]:
+    """What `_tar` packed."""
+    with tarfile.open(fileobj=io.BytesIO(packed), mode="r:") as tar:
+        return {member.name: file.read() for member in tar if (file := tar.extractfile(member)) is not None}
+
+
 def _hive(appliance: Appliance, systemroot: str) -> str:
-    return _path(appliance, f"{systemroot}/System32/config/SYSTEM")
+    return _path(appliance, systemroot + HIVE)
 
 
 def _driver_path(appliance: Appliance, systemroot: str, service: str) -> str:
@@ -210,23 +229,26 @@ def _path(appliance: Appliance, path: str) -> str:
         return str(appliance.g.case_sensitive_path(path))
 
 
-def _old_driver(appliance: Appliance, systemroot: str, service: str) -> str:
-    path = _driver_path(appliance, systemroot, service)
+def _old_driver(appliance: Appliance, path: str) -> str:
     with appliance.translated(f"cannot look for {path!r}"):
         there = bool(appliance.g.is_file(path))
     return sha256(appliance.read(path, DRIVER_LIMIT)) if there else ""
 
 
-def _check_drivers(appliance: Appliance, plan: MicroPlan) -> None:
+def _check_drivers(appliance: Appliance, plan: MicroPlan) -> dict[str, str]:
+    """Service → path of its driver, as the file system spells it."""
+    places = {driver.service: _driver_path(appliance, plan.systemroot, driver.service) for driver in plan.drivers}
     for driver in plan.drivers:
-        now = _old_driver(appliance, plan.systemroot, driver.service)
+        now = _old_driver(appliance, places[driver.service])
         if now not in (driver.old_sha256, driver.stored.sha256):
             raise _changed(f"{driver.service}.sys is another file now", appliance.where)
+    return places
 
 
 def _check_hive(hive: Hive, plan: MicroPlan) -> None:
-    if control_set(hive) != plan.control_set:
-        raise _changed(f"its control set is {control_set(hive)}, not {plan.control_set}", hive.path)
+    current = control_set(hive)
+    if current != plan.control_set:
+        raise _changed(f"its control set is {current}, not {plan.control_set}", hive.path)
     if hive_edit.has_database(hive) != plan.database:
         raise _changed("it keeps its drivers' database elsewhere", hive.path)
 
@@ -242,7 +264,7 @@ def _reset_journal(appliance: Appliance, mounts: Mapping[str, str]) -> None:
 
 
 def _check_writable(appliance: Appliance) -> None:
-    """ntfs-3g mounts a hibernated or unclean volume read-only, without an error."""
+    """ntfs-3g mounts a hibernated volume, and (by WRITING) one whose journal is in use, read-only, without an error."""
     with appliance.translated("cannot look at the mounted file system"):
         flags = int(appliance.g.statvfs("/")["flag"])
     if flags & READ_ONLY:
@@ -253,18 +275,10 @@ def _check_writable(appliance: Appliance) -> None:
         )
 
 
-def _write_files(appliance: Appliance, plan: MicroPlan, drivers: Mapping[str, bytes], store: Path) -> None:
-    with appliance.translated("cannot write the drivers"):
-        for service, content in drivers.items():
-            _upload(appliance, content, _driver_path(appliance, plan.systemroot, service))
-        appliance.g.tar_in(str(plan.first_boot.path(store)), _path(appliance, plan.systemroot))
-
-
-def _upload(appliance: Appliance, content: bytes, path: str) -> None:
-    """Beside and renamed, so that a driver of this name is never half there."""
-    beside = f"{path}.tokvm-new"
-    with tempfile.NamedTemporaryFile(prefix="tokvm-driver-") as file:
-        file.write(content)
-        file.flush()
-        appliance.g.upload(file.name, beside)
-    appliance.g.mv(beside, path)
+def _write_first_boot(appliance: Appliance, systemroot: str, files: Mapping[str, bytes]) -> None:
+    places = {f"{systemroot}/{name}": content for name, content in files.items()}
+    with appliance.translated("cannot make the first boot's folder"):
+        for folder in sorted({posixpath.dirname(path) for path in places}):
+            appliance.g.mkdir_p(folder)
+    for path, content in places.items():
+        appliance.write(path, content)

@@ -6,6 +6,9 @@
 
 Values in Python: int is REG_DWORD, str REG_SZ, Expand REG_EXPAND_SZ, list REG_MULTI_SZ, bytes REG_BINARY. Strings in a hive are
 UTF-16 LE, as a rule with a NUL at the end. Names are found without regard to case; hivex keeps one open hive for each handle.
+
+Each call is a message to the appliance, and hivex reads all names of a key to find one (some thousands below DeviceIds\\PCI),
+so a node that was found, or made, is remembered: it is the key's offset in the hive, and no key is ever moved.
 """
 
 from __future__ import annotations
@@ -64,13 +67,16 @@ def texts(data: bytes) -> list[str]:
 
 
 class Hive:
-    """An open hive; a node is hivex' number of a key, 0 for none."""
+    """An open hive; a node is hivex' number of a key, 0 for none. `_known`: (node, name in lower case) → the node below it;
+    `_made`: those made here, of which all that is below them is known."""
 
     def __init__(self, appliance: Appliance, path: str) -> None:
         self._appliance = appliance
         self._g = appliance.g
         self.path = path
         self.root = int(self._g.hivex_root())
+        self._known: dict[tuple[int, str], int] = {}
+        self._made: set[int] = set()
 
     @classmethod
     @contextmanager
@@ -87,16 +93,27 @@ class Hive:
         """The node at `path` below `start` (0: the root), or 0."""
         node = start or self.root
         for name in path:
-            node = int(self._g.hivex_node_get_child(node, name))
+            node = self._child(node, name)
             if not node:
                 return 0
         return node
+
+    def _child(self, node: int, name: str) -> int:
+        key = (node, name.lower())
+        if key not in self._known:
+            self._known[key] = 0 if node in self._made else int(self._g.hivex_node_get_child(node, name))
+        return self._known[key]
+
+    def _add(self, node: int, name: str) -> int:
+        made = self._known[node, name.lower()] = int(self._g.hivex_node_add_child(node, name))
+        self._made.add(made)
+        return made
 
     def make(self, path: Path, start: int = 0) -> int:
         """The node at `path`, made with those above it where it is not there."""
         node = start or self.root
         for name in path:
-            node = int(self._g.hivex_node_get_child(node, name)) or int(self._g.hivex_node_add_child(node, name))
+            node = self._child(node, name) or self._add(node, name)
         return node
 
     def children(self, node: int) -> list[tuple[str, int]]:
@@ -138,6 +155,8 @@ class Hive:
         node = self.find(path, start)
         if node:
             self._g.hivex_node_delete_child(node)
+            self._known.clear()  # what was below it is gone, too
+            self._made.clear()
         return bool(node)
 
     def commit(self) -> None:
