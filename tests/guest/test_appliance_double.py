@@ -20,6 +20,7 @@ class Handle:
     """Two disks: sda with a partition table, sdb a physical volume as a whole."""
 
     def __init__(self) -> None:
+        self.flushed: list[str] = []
         self.disks = {"/dev/sda": bytearray(2 * MiB), "/dev/sdb": bytearray(2 * MiB)}
 
     def list_devices(self) -> list[str]:
@@ -37,7 +38,8 @@ class Handle:
     def pread_device(self, device: str, count: int, offset: int) -> bytes:
         return bytes(self.disks[device][offset : offset + count])
 
-    def blockdev_flushbufs(self, device: str) -> None: ...
+    def blockdev_flushbufs(self, device: str) -> None:
+        self.flushed.append(device)
 
     def drop_caches(self, what: int) -> None: ...
 
@@ -72,6 +74,15 @@ def test_what_file_systems_write_is_no_other_layout(appliance: Appliance, handle
     appliance.note_layout()
     handle.disks[device][offset] ^= 1
     appliance.forget()
+
+
+def test_a_physical_volume_is_flushed_too_for_lvm_holds_it_open(appliance: Appliance, handle: Handle) -> None:
+    handle.pvs = lambda: ["/dev/sda2"]  # type: ignore[method-assign]
+    handle.disks["/dev/sda2"] = bytearray(2 * MiB)
+    handle.list_devices = lambda: ["/dev/sda", "/dev/sdb"]  # type: ignore[method-assign]
+    appliance.note_layout()
+    appliance.forget()
+    assert handle.flushed == ["/dev/sda", "/dev/sdb", "/dev/sda2"]
 
 
 def test_a_rehearsal_that_noted_no_layout_forgets_all_the_same(appliance: Appliance, handle: Handle) -> None:

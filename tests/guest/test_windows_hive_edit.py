@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import cast
 
@@ -30,8 +31,8 @@ def system(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return path
 
 
-def opened(path: Path, host: HostHivex) -> Hive:
-    return Hive.open(cast(Appliance, host), str(path), write=True)  # type: ignore[return-value]
+def opened(path: Path, host: HostHivex) -> AbstractContextManager[Hive]:
+    return Hive.open(cast(Appliance, host), str(path), write=True)
 
 
 def edit(path: Path) -> HostHivex:

@@ -171,10 +171,10 @@ def test_a_hibernated_windows_is_not_written_to(bench: Bench) -> None:
         micro.apply(bench.appliance, plan, bench.store)
     facts = bench.facts("asleep")
     assert facts.windows is not None
-    for state in ("hibernated", "dirty"):
-        unfit = replace(facts, windows=replace(facts.windows, **{state: True}))
+    asleep, dirty = replace(facts.windows, hibernated=True), replace(facts.windows, dirty=True)
+    for state, windows in {"hibernated": asleep, "dirty": dirty}.items():
         with pytest.raises(GuestError, match=state):
-            micro.plan(bench.appliance, unfit, bench.store, tree=bench.tree)
+            micro.plan(bench.appliance, replace(facts, windows=windows), bench.store, tree=bench.tree)
 
 
 @pytest.mark.nightly

@@ -54,6 +54,7 @@ class Appliance:
         self._pid = 0
         self._older = _children()
         self._layout: Layout | None = None
+        self._whole: list[str] = []
         self._timer = self._new_timer(deadline_s)
 
     @classmethod
@@ -101,9 +102,10 @@ class Appliance:
 
         GuestError when what it keeps all the same (partitions, logical volumes) is not what `note_layout` saw."""
         with self.translated("cannot look at the disks afresh"):
-            for device in self.g.list_devices():
+            # What is mounted nowhere has no inodes in memory; the pages of physical volumes stay, for LVM holds them open.
+            for device in dict.fromkeys([*self._block_devices(), *(self._layout or ())]):
                 self.g.blockdev_flushbufs(device)
-            self.g.drop_caches(3)
+            self.g.drop_caches(1)
         if self._layout is not None and self._digests(self._layout) != self._layout:
             raise GuestError(
                 "partitions or logical volumes changed since the appliance was started", where=self.where, fix="start another"
@@ -115,7 +117,14 @@ class Appliance:
         with self.translated("cannot read the disks' layout"):
             split = {str(self.g.part_to_dev(partition)) for partition in self.g.list_partitions()}
             volumes = [str(device) for device in self.g.pvs()]
+            self._block_devices()
         self._layout = self._digests(dict.fromkeys(split, (TABLE, b"")) | dict.fromkeys(volumes, (MiB, b"")))
+
+    def _block_devices(self) -> list[str]:
+        """The whole disks, asked for once: the question costs a second where the appliance is emulated."""
+        if not self._whole:
+            self._whole = [str(device) for device in self.g.list_devices()]
+        return self._whole
 
     def _digests(self, layout: Layout) -> Layout:
         with self.translated("cannot read the disks' layout"):
@@ -146,8 +155,7 @@ class Appliance:
         try:
             if not self.readonly:
                 self.g.umount_all()
-                self.g.sync()
-            self.g.shutdown()
+            self.g.shutdown()  # with autosync it flushes every disk first, and says when that fails (guestfs_shutdown)
         except RuntimeError as failed:
             raise GuestError(
                 f"the appliance did not end well: {self._why(failed)}", where=self.where, fix="run the command again"

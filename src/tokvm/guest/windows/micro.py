@@ -46,8 +46,8 @@ DRIVER_LIMIT = 16 * MiB
 READ_ONLY = 1
 """ST_RDONLY of statvfs(3)."""
 WRITING = "big_writes,norecover"
-"""ntfs-3g(8): up to 128 KiB in one step; and a journal that is in use is not cleared, as is its default for Windows before 8 (for
-later ones it never does): the volume is read-only then, which `_check_writable` sees."""
+"""ntfs-3g(8): up to 128 KiB in one step; and a journal in use is not cleared, as is its default for Windows before 8 (for later
+ones it never does it): the volume is read-only then, which `_check_writable` sees."""
 LOOKING = "ro"
 FULL_STOP = "start the guest and shut it down for good: shutdown /s /f /t 0, with Fast Startup off (powercfg /h off)"
 CHECK_DISK = "in the guest: chkdsk C: /f, restart it, then `tokvm sync` again"
