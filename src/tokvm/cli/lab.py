@@ -53,7 +53,7 @@ AtOnce = Annotated[
     int,
     typer.Option(
         "--at-once",
-        help="How many VMs are moved at a time [all]; with 1 the earlier ones foretell the later ones' stop.",
+        help="How many VMs run and are moved at a time [all]; the earlier ones' stop foretells the later ones'.",
         min=0,
         show_default=False,
     ),

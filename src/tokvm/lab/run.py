@@ -25,11 +25,9 @@ from tokvm.lab.machines import LabMachine, plan_machines
 from tokvm.lab.played import LabHost, build
 from tokvm.lab.report import LabOutcome, as_text, combined
 from tokvm.lab.settings import LabSettings
-from tokvm.lab.trial import Lab, Progress, check_host, migrate_all
+from tokvm.lab.trial import Lab, Progress, begin, check_host, migrate_all
 
 log = logging.getLogger(__name__)
-
-WARM_UP_WRITES = 20  # acknowledged before the migration begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,14 +121,10 @@ def _living(folder: Path, settings: LabSettings, clock: OutsideClock, progress: 
     link = Link(host.sshd.port, rate=settings.link_rate, rtt_s=settings.rtt_s).start() if settings.shaped else None
     try:
         record = _record(folder, host, machines, settings, progress, port=link.port if link else None)
-        for one in machines:
-            host.start(one.name)
-        for one in machines:
-            boot = clock.wait_ready(one.name, timeout_s=settings.boot_timeout_s)
-            progress(f"{one.name} runs on {boot.root}, writing its ledger")
-        for one in machines:
-            clock.wait_acknowledged(one.name, WARM_UP_WRITES, timeout_s=settings.boot_timeout_s)
-        yield Lab(folder, record, host, clock, tuple(machines))
+        lab = Lab(folder, record, host, clock, tuple(machines))
+        if not settings.at_once:
+            begin(lab, lab.machines, settings, progress)
+        yield lab
     finally:
         if link is not None:
             link.stop()
