@@ -26,7 +26,7 @@ from tokvm.domain.host import LibvirtHost
 from tokvm.domain.nics import FrameSink
 from tokvm.domain.nvram import DESCRIPTORS, find_template, write_variables
 from tokvm.domain.picture import PNG
-from tokvm.domain.rehearsal import PICTURE, SERIAL, RehearsalPlan, rehearsal_name, rehearsed
+from tokvm.domain.rehearsal import PICTURE, SERIAL, VARIABLES, RehearsalPlan, rehearsal_name, rehearsed
 from tokvm.domain.xml import Stage as XmlStage
 from tokvm.domain.xml import domain_xml
 from tokvm.lab.guest_image import KERNEL_WORDS
@@ -277,7 +277,7 @@ def test_the_domain_is_the_cutovers_but_for_what_must_differ(stage: Stage) -> No
     tried, real = rehearsed(plan), plan.plan
     assert tried.vm.uuid != real.vm.uuid
     assert tried.vm.memory == 64 * MiB
-    assert tried.nvram == str(plan.folder / "nvram.fd")
+    assert tried.nvram == str(plan.folder / VARIABLES)
     same = replace(
         tried,
         vm=replace(tried.vm, uuid=real.vm.uuid, memory=real.vm.memory),
