@@ -195,6 +195,7 @@ def test_what_was_before_a_morph_is_not_put_over_a_pass(tmp_path: Path, monkeypa
     assert app.unmorph([str(disk)], state, forget=True) == (Undone.NOTHING, (str(disk),))
 
 
+@pytest.mark.slow
 def test_the_command_says_so_before_it_looks(migrated: Migrated) -> None:
     argv = [sys.executable, "-m", "tokvm", "morph", str(migrated.synced().disk), "--way", "micro", "--dry-run", "--json"]
     environment = dict(os.environ) | {"TOKVM_STATE_DIR": str(migrated.state)}

@@ -175,6 +175,7 @@ def test_the_lab_s_document_is_an_outside_clock(rig: Rig, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "3", '{"downtime_s": 3}', '{"downtime_s": {"total": "x"}}', "[" * 100_000])
+@pytest.mark.slow
 def test_a_document_without_a_downtime_is_refused(rig: Rig, tmp_path: Path, text: str) -> None:
     path = tmp_path / "lab.json"
     path.write_text(text)
@@ -220,6 +221,7 @@ def test_the_rehearsal_s_screen_is_inside(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"GIF89a", png()[:-4], b"<svg/>", png(9000, 1), png() + bytes(MAX_PICTURE)])
+@pytest.mark.slow
 def test_what_is_no_picture_is_not_inside(rig: Rig, content: bytes) -> None:
     (rig.path / "screen.png").write_bytes(content)
     found = report(rig)

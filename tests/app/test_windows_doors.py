@@ -94,6 +94,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return told
 
 
+@pytest.mark.slow
 def test_disks_alone_are_judged_by_the_drivers_that_are_there(
     judged: list[bool], iso: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

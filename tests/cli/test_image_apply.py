@@ -63,6 +63,7 @@ def apply(tokvm: Run, target: Path, *argv: object) -> subprocess.CompletedProces
     return tokvm("image", "apply", *argv, "--to", target)
 
 
+@pytest.mark.slow
 def test_layers_in_order_one_after_the_other(disk: Disk, tokvm: Run, tmp_path: Path) -> None:
     target = tmp_path / "disk.raw"
     assert tokvm("image", "convert", disk.names[0], "--to", target).returncode == 0
@@ -90,6 +91,7 @@ def test_two_layers_at_once(disk: Disk, tokvm: Run, tmp_path: Path) -> None:
         ([0], [0], ["is a base"]),
     ],
 )
+@pytest.mark.slow
 def test_a_layer_that_does_not_belong_there_is_refused(
     disk: Disk, tokvm: Run, tmp_path: Path, first: list[int], then: list[int], says: list[str]
 ) -> None:
@@ -113,6 +115,7 @@ def test_the_layer_applied_last_is_refused_as_a_repeat(disk: Disk, tokvm: Run, t
     assert "applied already" in done.stderr
 
 
+@pytest.mark.slow
 def test_forced_linkage_names_both_ids_and_goes_on(disk: Disk, tokvm: Run, tmp_path: Path) -> None:
     target = tmp_path / "disk.raw"
     assert tokvm("image", "convert", disk.names[0], "--to", target).returncode == 0

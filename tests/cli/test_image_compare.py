@@ -20,6 +20,7 @@ def disk(tmp_path: Path) -> Disk:
 
 
 @pytest.mark.parametrize("place", [511, SIZE // 2 + 4096, SIZE - 1])
+@pytest.mark.slow
 def test_one_flipped_byte_is_found_and_placed(disk: Disk, tokvm: Run, tmp_path: Path, place: int) -> None:
     target = tmp_path / "disk.raw"
     content = bytearray(disk.contents[-1])
@@ -32,6 +33,7 @@ def test_one_flipped_byte_is_found_and_placed(disk: Disk, tokvm: Run, tmp_path: 
     assert found["differing_bytes"] == 512
 
 
+@pytest.mark.slow
 def test_the_same_content_in_another_chain_is_the_same(disk: Disk, tokvm: Run, tmp_path: Path) -> None:
     raw = tmp_path / "disk.raw"
     raw.write_bytes(disk.contents[-1])
@@ -40,6 +42,7 @@ def test_the_same_content_in_another_chain_is_the_same(disk: Disk, tokvm: Run, t
     assert tokvm("image", "compare", disk.names[0], "--with", raw, "--format", f"{raw}=raw").returncode == 14
 
 
+@pytest.mark.slow
 def test_a_larger_target_must_be_zero_behind_the_disk(disk: Disk, tokvm: Run, tmp_path: Path) -> None:
     target = tmp_path / "disk.raw"
     target.write_bytes(disk.contents[-1] + bytes(8192))
@@ -58,6 +61,7 @@ def test_verify_hashes_the_raw_content(disk: Disk, tokvm: Run) -> None:
     assert found["size"] == found["data_bytes"] + found["zero_bytes"] + found["absent_bytes"] == SIZE
 
 
+@pytest.mark.slow
 def test_verify_refuses_a_cut_file(disk: Disk, tokvm: Run) -> None:
     raw = disk.names[1].read_bytes()
     disk.names[1].write_bytes(raw[:-70_000] + raw[-512:])
@@ -66,5 +70,6 @@ def test_verify_refuses_a_cut_file(disk: Disk, tokvm: Run) -> None:
     assert "BAT[" in done.stderr
 
 
+@pytest.mark.slow
 def test_compare_wants_one_thing_to_compare_with(disk: Disk, tokvm: Run) -> None:
     assert tokvm("image", "compare", disk.names[0]).returncode == 2

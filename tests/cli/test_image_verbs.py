@@ -52,6 +52,7 @@ def chain(tmp_path: Path) -> tuple[Path, Path, bytes]:
     return base, child, bytes(content)
 
 
+@pytest.mark.slow
 def test_info_says_what_qemu_img_says(chain: tuple[Path, Path, bytes]) -> None:
     base, _, content = chain
     described = json.loads(tokvm("image", "info", str(base), "--json").stdout)
@@ -60,6 +61,7 @@ def test_info_says_what_qemu_img_says(chain: tuple[Path, Path, bytes]) -> None:
     assert described["virtual_size"] == theirs["virtual-size"] == len(content)
 
 
+@pytest.mark.slow
 def test_convert_copies_the_chain(chain: tuple[Path, Path, bytes], tmp_path: Path) -> None:
     base, child, content = chain
     target = tmp_path / "out.raw"
@@ -72,6 +74,7 @@ def test_convert_copies_the_chain(chain: tuple[Path, Path, bytes], tmp_path: Pat
     assert forced.returncode == 0, forced.stderr
 
 
+@pytest.mark.slow
 def test_map_names_every_byte_once(chain: tuple[Path, Path, bytes]) -> None:
     base, child, content = chain
     rows = json.loads(tokvm("image", "map", str(base), str(child), "--json").stdout)
@@ -81,6 +84,7 @@ def test_map_names_every_byte_once(chain: tuple[Path, Path, bytes]) -> None:
     assert (upper["start"], upper["length"], upper["depth"]) == (2 * MiB + 512, 4096, 0)
 
 
+@pytest.mark.slow
 def test_map_uses_the_keys_of_qemu_img(chain: tuple[Path, Path, bytes]) -> None:
     base, _, _ = chain
     ours = json.loads(tokvm("image", "map", str(base), "--json").stdout)
@@ -91,12 +95,14 @@ def test_map_uses_the_keys_of_qemu_img(chain: tuple[Path, Path, bytes]) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_chain_in_the_wrong_order_is_refused(chain: tuple[Path, Path, bytes]) -> None:
     base, child, _ = chain
     done = tokvm("image", "map", str(child), str(base))
     assert done.returncode == 3, done.stderr
 
 
+@pytest.mark.slow
 def test_a_hostile_image_is_refused_by_name_and_field(tmp_path: Path) -> None:
     out = io.BytesIO()
     write_vhd(out, size=4 * MiB, kind="dynamic", runs=[(0, b"x" * 512)], unique_id=uuid.uuid4())
@@ -110,6 +116,7 @@ def test_a_hostile_image_is_refused_by_name_and_field(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.slow
 def test_every_verb_explains_itself(verb: str) -> None:
     done = tokvm(verb, "--help")
     assert done.returncode == 0

@@ -55,6 +55,7 @@ def test_the_chain_of_a_running_vm(running: tuple[list[Path], list[bytes]], tokv
     assert target.read_bytes() == contents[2]
 
 
+@pytest.mark.slow
 def test_equal_cids_do_not_hide_a_skipped_a_swapped_or_a_repeated_layer(
     running: tuple[list[Path], list[bytes]], tokvm: Run, tmp_path: Path
 ) -> None:
@@ -105,6 +106,7 @@ def test_a_bare_layer_needs_force(running: tuple[list[Path], list[bytes]], tokvm
     assert target.read_bytes() == contents[1]
 
 
+@pytest.mark.slow
 def test_an_extent_that_is_a_link_is_not_followed(running: tuple[list[Path], list[bytes]], tokvm: Run, tmp_path: Path) -> None:
     names, _ = running
     flat = tmp_path / "web-flat.vmdk"
@@ -115,6 +117,7 @@ def test_an_extent_that_is_a_link_is_not_followed(running: tuple[list[Path], lis
     assert "symbolic link" in done.stderr
 
 
+@pytest.mark.slow
 def test_info_shows_the_descriptor_and_its_extent(running: tuple[list[Path], list[bytes]], tokvm: Run) -> None:
     names, _ = running
     found = json.loads(tokvm("image", "info", *names, "--json").stdout)

@@ -100,6 +100,7 @@ def single(lines: list[str]) -> list[str]:
     return [one.strip("; ") for line in lines for one in line.split("; printf '\\0%d\\0' $?") if one.strip("; ")]
 
 
+@pytest.mark.slow
 def test_a_transcript_is_a_golden_file(migrate: Run, xen: XenHost, tmp_path: Path) -> None:
     ended = migrate("check", "--vm", "web", "--json")
     assert ended.returncode == 0, ended.stderr
@@ -135,6 +136,7 @@ def test_secrets_are_in_no_transcript_and_in_no_journal(
     assert str(tmp_path / "transcripts").encode() not in state_dir, "recording is a choice of each run"
 
 
+@pytest.mark.slow
 def test_what_a_host_refuses_is_recorded_with_the_error(migrate: Run, xen: XenHost, tmp_path: Path) -> None:
     ended = migrate("check", "--vm", "nobody")
     assert ended.returncode == 2
@@ -152,6 +154,7 @@ def _rename(xen: XenHost, uuid: str, name: str, description: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["link", "file", "everybody's"])
+@pytest.mark.slow
 def test_a_wrong_directory_is_refused_before_anything_is_sent(migrate: Run, xen: XenHost, tmp_path: Path, kind: str) -> None:
     place = tmp_path / "place"
     match kind:
@@ -182,6 +185,7 @@ def test_a_directory_without_the_right_to_write_is_refused(tmp_path: Path) -> No
     assert "Permission denied" in ended.stderr
 
 
+@pytest.mark.slow
 def test_a_disk_that_gets_full_costs_one_warning_and_not_the_answer(xen: XenHost, tmp_path: Path) -> None:
     """The limit of a file's size is a full disk that needs no root."""
     argv = [

@@ -28,6 +28,7 @@ def rig(tmp_path: Path) -> Rig:
     return found
 
 
+@pytest.mark.slow
 def test_a_status_predicts_before_and_compares_afterwards(rig: Rig, tokvm: Run) -> None:
     before = tokvm("status", NAME)
     assert "a cutover now would stop the VM for about" in before.stdout
@@ -45,6 +46,7 @@ def test_a_status_predicts_before_and_compares_afterwards(rig: Rig, tokvm: Run) 
     assert "downtime total" in after.stdout
 
 
+@pytest.mark.slow
 def test_the_report_in_text_json_and_svg(rig: Rig, tokvm: Run, tmp_path: Path) -> None:
     rig.migration().cutover(deadline_s=20.0, proof_s=20.0)
     rig.migration().finish()
@@ -64,6 +66,7 @@ def test_the_report_in_text_json_and_svg(rig: Rig, tokvm: Run, tmp_path: Path) -
     assert document["cutovers"][0]["predicted"]["predicted_parts"]["boot"] == {"seconds": 30.0, "basis": "assumed"}
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_said_once(rig: Rig, tokvm: Run, tmp_path: Path) -> None:
     rig.close()
     assert tokvm("report", "nobody").returncode == 2

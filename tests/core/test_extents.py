@@ -75,6 +75,7 @@ windows = st.tuples(st.integers(0, SPACE), st.integers(0, SPACE)).map(sorted)
 
 
 @given(extents(), windows)
+@pytest.mark.slow
 def test_a_map_says_what_its_extents_say_within_its_window(found: list[Extent], window: list[int]) -> None:
     start, stop = window
     built = ExtentMap.of(start, stop, found)
@@ -83,6 +84,7 @@ def test_a_map_says_what_its_extents_say_within_its_window(found: list[Extent], 
 
 
 @given(extents(), extents())
+@pytest.mark.slow
 def test_over_hides_what_is_below_and_lets_absent_through(upper: list[Extent], lower: list[Extent]) -> None:
     merged = ExtentMap.of(0, SPACE, upper).over(ExtentMap.of(0, SPACE, lower))
     assert told_by(merged) == model(lower) | model(upper)
@@ -90,12 +92,14 @@ def test_over_hides_what_is_below_and_lets_absent_through(upper: list[Extent], l
 
 
 @given(extents(), extents(), extents())
+@pytest.mark.slow
 def test_over_is_associative(top: list[Extent], middle: list[Extent], bottom: list[Extent]) -> None:
     one, two, three = (ExtentMap.of(0, SPACE, found) for found in (top, middle, bottom))
     assert one.over(two).over(three) == one.over(two.over(three))
 
 
 @given(extents())
+@pytest.mark.slow
 def test_over_itself_and_over_nothing_change_nothing(found: list[Extent]) -> None:
     whole = ExtentMap.of(0, SPACE, found)
     assert whole.over(whole) == whole
@@ -104,6 +108,7 @@ def test_over_itself_and_over_nothing_change_nothing(found: list[Extent]) -> Non
 
 
 @given(extents(), windows)
+@pytest.mark.slow
 def test_clip_is_the_part_inside(found: list[Extent], window: list[int]) -> None:
     start, stop = window
     clipped = ExtentMap.of(0, SPACE, found).clip(start, stop)
@@ -112,6 +117,7 @@ def test_clip_is_the_part_inside(found: list[Extent], window: list[int]) -> None
 
 
 @given(extents(), st.lists(st.integers(1, SPACE - 1), unique=True, max_size=5).map(sorted))
+@pytest.mark.slow
 def test_pieces_of_a_map_say_the_same_as_the_whole(found: list[Extent], cuts: list[int]) -> None:
     whole = ExtentMap.of(0, SPACE, found)
     pieces: Model = {}
@@ -121,6 +127,7 @@ def test_pieces_of_a_map_say_the_same_as_the_whole(found: list[Extent], cuts: li
 
 
 @given(extents(), windows)
+@pytest.mark.slow
 def test_gaps_and_explicit_name_exactly_the_rest(found: list[Extent], window: list[int]) -> None:
     start, stop = window
     built = ExtentMap.of(start, stop, found)
@@ -136,6 +143,7 @@ def test_gaps_and_explicit_name_exactly_the_rest(found: list[Extent], window: li
 
 
 @given(extents())
+@pytest.mark.slow
 def test_bytes_and_kinds_are_counted(found: list[Extent]) -> None:
     whole = ExtentMap.of(0, SPACE, found)
     told = model(found)
@@ -147,6 +155,7 @@ def test_bytes_and_kinds_are_counted(found: list[Extent]) -> None:
 
 
 @given(extents())
+@pytest.mark.slow
 def test_with_layer_changes_the_layer_alone(found: list[Extent]) -> None:
     moved = ExtentMap.of(0, SPACE, found).with_layer(7)
     assert {at: byte._replace(layer=0) for at, byte in told_by(moved).items()} == {

@@ -53,6 +53,7 @@ def test_the_boot_sector_is_one_and_its_addresses_are_right() -> None:
 
 
 @needs_qemu
+@pytest.mark.slow
 def test_the_trial_itself_is_sound_because_tcg_passes_it() -> None:
     assert try_guest(find_emulator() or "", Accel.TCG, deadline_s=60).verdict is Kvm.WORKS
 

@@ -79,6 +79,7 @@ def block_devices(domain: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("bus", DiskBus)
+@pytest.mark.slow
 def test_qemu_has_each_bus(new_plan: NewPlan, started: Started, bus: DiskBus) -> None:
     machine = "pc" if bus in (DiskBus.IDE, DiskBus.SAS) else "q35"
     domain = started(new_plan(bus=bus, machine=machine, disks=2, memory=32 * MiB, nics=()))
@@ -92,12 +93,14 @@ def test_qemu_has_each_bus(new_plan: NewPlan, started: Started, bus: DiskBus) ->
 
 
 @pytest.mark.parametrize(("machine", "model"), [*(("q35", model) for model in NicModel), ("pc", NicModel.E1000E)])
+@pytest.mark.slow
 def test_qemu_has_each_card(new_plan: NewPlan, started: Started, machine: str, model: NicModel) -> None:
     domain = started(new_plan(machine=machine, memory=32 * MiB, more={"nic_model": model}))
     name = "virtio-net-pci" if model is NicModel.VIRTIO else model.value
     assert ask(domain, "info qtree").count(f"dev: {name},") == 2
 
 
+@pytest.mark.slow
 def test_a_slot_is_what_the_port_announces(new_plan: NewPlan, started: Started) -> None:
     nics = (Nic(0, "00:50:56:00:00:01", slot=192), Nic(1, "00:50:56:00:00:02"), Nic(2, "00:50:56:00:00:03", slot=224))
     domain = started(new_plan(nics=nics, disks=3, memory=32 * MiB, more={"nic_model": NicModel.VMXNET3}))
@@ -110,6 +113,7 @@ def test_a_slot_is_what_the_port_announces(new_plan: NewPlan, started: Started) 
 
 
 @pytest.mark.parametrize("bus", [DiskBus.VIRTIO_BLK, DiskBus.VIRTIO_SCSI, DiskBus.NVME])
+@pytest.mark.slow
 def test_4kn_disks_keep_their_sectors(new_plan: NewPlan, started: Started, bus: DiskBus) -> None:
     disks = (Disk(0, "vdi-0", MiB, sector=4096),)
     domain = started(new_plan(bus=bus, disks=1, memory=32 * MiB, nics=(), vm_disks=disks))
@@ -117,6 +121,7 @@ def test_4kn_disks_keep_their_sectors(new_plan: NewPlan, started: Started, bus: 
 
 
 @pytest.mark.skipif(not Path("/usr/bin/swtpm").exists(), reason="swtpm is not installed")
+@pytest.mark.slow
 def test_a_tpm_starts_with_uefi(new_plan: NewPlan, started: Started) -> None:
     domain = started(new_plan(firmware=Firmware.UEFI, tpm=True, memory=64 * MiB))
     assert "model=tpm-crb" in ask(domain, "info tpm")

@@ -89,6 +89,7 @@ def test_what_is_not_there_is_absent_and_needs_no_stopping(target: LibvirtHost, 
 
 @pytest.mark.parametrize("machine", ["q35", "pc"])
 @pytest.mark.parametrize("bus", DiskBus)
+@pytest.mark.slow
 def test_every_machine_and_bus_is_taken_twice(target: LibvirtHost, new_plan: NewPlan, machine: str, bus: DiskBus) -> None:
     if bus is DiskBus.IDE and machine != "pc":
         pytest.skip("q35 has no IDE")
@@ -106,6 +107,7 @@ def test_many_disks_find_a_place(target: LibvirtHost, new_plan: NewPlan) -> None
 
 
 @pytest.mark.parametrize("name", ["$(reboot)", "-o", "a/b\nc", "x" * 300, "é" * 300, "42", "", "..", "a,b=c", "\ud800\x00"])
+@pytest.mark.slow
 def test_libvirt_takes_every_name(target: LibvirtHost, new_plan: NewPlan, raw: Any, name: str) -> None:
     plan = new_plan(name=name)
     target.define(plan)
@@ -190,6 +192,7 @@ def test_a_strangers_domain_is_never_touched(target: LibvirtHost, new_plan: NewP
     assert [finding.severity for finding in target.check(plan)][:1] == [Severity.BLOCKER]
 
 
+@pytest.mark.slow
 def test_a_strangers_running_domain_is_not_stopped(target: LibvirtHost, new_plan: NewPlan, raw: Any) -> None:
     plan = new_plan()
     raw.defineXML(stranger_xml(plan)).create()
@@ -198,6 +201,7 @@ def test_a_strangers_running_domain_is_not_stopped(target: LibvirtHost, new_plan
     assert target.state(plan.vm.uuid) is DomainState.RUNNING
 
 
+@pytest.mark.slow
 def test_a_domain_lives_from_define_to_undefine(target: LibvirtHost, new_plan: NewPlan, raw: Any) -> None:
     plan = new_plan()
     uuid = plan.vm.uuid

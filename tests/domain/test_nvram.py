@@ -69,6 +69,7 @@ def test_a_second_entry_goes_before_the_first(tmp_path: Path) -> None:
 
 @needs_ovmf
 @needs_oracle
+@pytest.mark.slow
 def test_it_is_byte_for_byte_what_virt_firmware_writes(tmp_path: Path) -> None:
     ours, theirs = tmp_path / "ours.fd", tmp_path / "theirs.fd"
     base = template(secure_boot=False)
@@ -167,6 +168,7 @@ def test_the_first_template_that_fits(tmp_path: Path) -> None:
 @needs_ovmf
 @pytest.mark.root
 @pytest.mark.parametrize("secure_boot", [False, True])
+@pytest.mark.slow
 def test_libvirt_takes_the_same_template(libvirtd: Any, new_plan: Callable[..., DomainPlan], secure_boot: bool) -> None:
     import libvirt
 

@@ -182,6 +182,7 @@ def test_a_guest_without_its_disk_is_given_up_early(stage: Stage, kernel: Direct
     assert stage.domains() == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_does_not_boot_is_heard_of_from_the_bios(stage: Stage) -> None:
     plan = stage.make()
     (plan.folder / SERIAL).write_text("web login: ")  # a killed run's, not this guest's
@@ -197,6 +198,7 @@ def test_a_disk_that_does_not_boot_is_heard_of_from_the_bios(stage: Stage) -> No
 @pytest.mark.parametrize(
     ("act", "why"), [("destroy", "it switched itself off"), ("suspend", "it was paused"), ("injectNMI", "nothing proved")]
 )
+@pytest.mark.slow
 def test_a_domain_that_cannot_go_on_is_seen(
     stage: Stage, kernel: DirectKernel, monkeypatch: pytest.MonkeyPatch, act: str, why: str
 ) -> None:
@@ -228,6 +230,7 @@ LibvirtHost(uri, accel=Accel.TCG).rehearse(trial, deadline_s=250)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_tokvm_leaves_no_guest_behind(stage: Stage, kernel: DirectKernel) -> None:
     plan = stage.make()
     vm, disk = plan.plan.vm, plan.plan.disks[0].path
@@ -245,6 +248,7 @@ def wait_for(condition: Callable[[], bool], *, deadline_s: float = 60) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_left_overs_are_found_by_their_metadata(stage: Stage, new_plan: NewPlan) -> None:
     plan = stage.make()
     staged = XmlStage(plan.plan.vm.uuid, str(plan.folder), str(plan.folder / SERIAL), (FrameSink(9),))

@@ -149,6 +149,7 @@ def plans(draw: st.DrawFn) -> DomainPlan:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(plans(), st.sampled_from(Accel))
+@pytest.mark.slow
 def test_every_plan_becomes_a_valid_domain_that_keeps_what_the_source_said(plan: DomainPlan, accel: Accel) -> None:
     xml = domain_xml(plan, accel=accel)
     assert validate(xml, where="generated") in Validation

@@ -77,6 +77,7 @@ def test_shim_is_signed_by_microsoft_and_needs_no_import_and_grub_does() -> None
 
 @pytest.mark.parametrize("arch", ["amd64", "x86", "arm64"])
 @pytest.mark.parametrize("options", [(), ("-ph",)], ids=["plain", "page hashes"])
+@pytest.mark.slow
 def test_a_signed_program_of_each_architecture(red_hat: Signing, arch: str, options: tuple[str, ...]) -> None:
     data = red_hat.sign(program(arch=arch, body=bytes(5000)), *options)
     (found,) = signers(data, "a.exe")

@@ -187,6 +187,7 @@ def test_a_kept_file_is_bounded_before_it_is_read() -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=300), st.integers(0, 400), st.sampled_from([bytes, gzip.compress, zlib.compress]))
+@pytest.mark.slow
 def test_any_bytes_are_read_or_refused(noise: bytes, at: int, packer: Callable[[bytes], bytes]) -> None:
     data = bytearray(GOOD + bytes(12) + GOOD)
     data[at : at + len(noise)] = noise

@@ -70,6 +70,7 @@ def test_an_alias_of_very_many_modules_is_refused() -> None:
         ),
     ],
 )
+@pytest.mark.slow
 def test_lists_beyond_every_measure_are_refused(texts: dict[str, str], said: str) -> None:
     with pytest.raises(GuestError, match=said):
         Lists.parse(**texts).missing([])
@@ -95,6 +96,7 @@ def module(size: int) -> bytes:
 
 
 @pytest.mark.parametrize("there", ["a.ko", "a.ko.xz"])
+@pytest.mark.slow
 def test_modules_are_counted_as_they_are_unpacked(there: str) -> None:
     """Whether the unpacked or the packed ones would be put into the segment."""
     packed = module(MODULE_LIMIT)

@@ -199,6 +199,7 @@ def by_zstd(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(("suffix", "packer"), [(".xz", lzma.compress), (".gz", gzip.compress), (".zst", by_zstd)])
+@pytest.mark.slow
 def test_packed_modules_are_as_those_in_the_initramfs_are(
     suffix: str, packer: Callable[[bytes], bytes], old: bytes, kernel: GuestKernel, tmp_path: Path
 ) -> None:
@@ -222,6 +223,7 @@ def test_packed_modules_are_as_those_in_the_initramfs_are(
 
 
 @pytest.mark.parametrize("packing", ["gzip", "lz4", "zstd"])
+@pytest.mark.slow
 def test_it_is_appended_as_the_kernel_can_unpack_it(packing: str, old: bytes, kernel: GuestKernel, lists: Lists) -> None:
     """lz4 takes whatever follows for more of it, so the segment is lz4, with no byte in between."""
     argv = {"gzip": ["gzip", "-c"], "lz4": ["lz4", "-lqc"], "zstd": ["zstd", "-qc"]}[packing]

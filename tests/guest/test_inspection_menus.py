@@ -228,6 +228,7 @@ def test_variables_do_not_make_gigabytes_of_options() -> None:
         "\n" * 1_000_000,
     ],
 )
+@pytest.mark.slow
 def test_no_menu_takes_long_or_grows(text: str) -> None:
     began = time.process_time()
     entry = parse_grub_cfg(text, {}).default_entry()

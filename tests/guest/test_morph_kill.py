@@ -119,6 +119,7 @@ def next_delta_is_good(bench: Bench) -> None:
     assert path.read_bytes() == content
 
 
+@pytest.mark.slow
 def test_whatever_is_killed_the_undo_is_exact(bench: Bench) -> None:
     kill_all(bench, EVERY_DAY, seed=11)
 

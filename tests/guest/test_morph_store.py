@@ -138,6 +138,7 @@ def test_half_a_morph_is_not_committed_by_another_run(place: Place) -> None:
     assert place.path.read_bytes() == place.before
 
 
+@pytest.mark.slow
 def test_a_commit_that_was_killed_can_also_be_finished(place: Place) -> None:
     """From the moment on that the undo log is whole, `commit` in a new process converges as `undo` does."""
     resumed = 0
@@ -318,6 +319,7 @@ def failing(name: str, suffix: str, code: int, monkeypatch: pytest.MonkeyPatch, 
     ("call", "suffix"), [("write", ".undo"), ("fsync", ".undo"), ("write", ".new"), ("fsync", ".new"), ("fsync", "/morph")]
 )
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+@pytest.mark.slow
 def test_a_folder_that_takes_no_more_costs_nothing(
     call: str, suffix: str, code: int, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,6 +65,7 @@ def test_a_guest_without_virtio_is_morphed_and_put_back(options: tuple[str, ...]
     assert (code, said["outcome"]) == (0, "nothing to undo")
 
 
+@pytest.mark.slow
 def test_mistakes_are_named_before_anything_is_opened(tokvm: Run, tmp_path: Path) -> None:
     for options, words in [
         (("--way", "compatible"), "changes no disk"),

@@ -54,6 +54,7 @@ def test_what_virtio_never_drove_is_refused(build: int, arch: str) -> None:
         target_of(facts(build, "ServerStandard", arch))
 
 
+@pytest.mark.slow
 def test_a_folder_tree_gives_the_versions_own_drivers(tree: Path, red_hat: Signing) -> None:
     found = find_drivers(tree, SERVER_2022)
     assert [one.name for one in found.drivers] == ["viostor", "vioscsi", "netkvm", "balloon"]

@@ -28,6 +28,7 @@ def _no_logs() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.slow
 def test_the_kept_inputs_are_read_or_refused(name: str) -> None:
     found = inputs(name)
     assert len(found) >= 10
@@ -50,6 +51,7 @@ def test_seeds_come_through_the_windows(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, target in TARGETS.items() if target.mutator is not None])
+@pytest.mark.slow
 def test_the_mutator_repairs_what_it_changed(name: str) -> None:
     """Of changed seeds, some are read and some are refused: the changes get past the checksums, and they are changes."""
     target = TARGETS[name]

@@ -117,6 +117,7 @@ def bench(request: pytest.FixtureRequest, commands: Commands, held: Held, good: 
 
 
 @pytest.mark.parametrize("bench", named("image"), indirect=True)
+@pytest.mark.slow
 def test_a_named_image(bench: Bench) -> None:
     """Described where it can be, and converted onto a target that may be lost: not even that one is, if it is refused."""
     case = bench.case
@@ -176,6 +177,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     """Truncated when the first byte of guest data is read: refused, and never noted as held."""
     size = 1 << 20
@@ -195,6 +197,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["path: extent named an absolute path", "path: its extent is a symbolic link", "probe: qcow2 with a backing file"]
 )
+@pytest.mark.slow
 def test_the_command_from_its_start(name: str, tmp_path: Path) -> None:
     """Started as a user does: from its first instruction to its last, it goes nowhere near what the image names."""
     folder = tmp_path / "images"
@@ -218,6 +221,7 @@ def test_the_command_from_its_start(name: str, tmp_path: Path) -> None:
     assert {path.name for path in folder.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_guests_qcow2_header_stays_data_in_a_qcow2_target(commands: Commands, tmp_path: Path) -> None:
     """CVE-2008-2004: the programs that are run are told every format, and never the name that the guest wrote."""
     (tmp_path / "images").mkdir()

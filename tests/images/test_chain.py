@@ -39,6 +39,7 @@ def stack(kit: Any, rng: random.Random, sizes: list[int], block_size: int = 4096
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32), depth=st.integers(1, 6), grow=st.booleans())
+@pytest.mark.slow
 def test_a_chain_reads_like_its_layers_applied_one_by_one(kit: Any, seed: int, depth: int, grow: bool) -> None:
     rng = random.Random(seed)
     sizes = [rng.randrange(1, 60) * SECTOR for _ in range(depth)]

@@ -34,6 +34,7 @@ def test_qemu_reads_it(tmp_path: Path, size: int, seed: int | None) -> None:
 
 @needs_qemu
 @pytest.mark.parametrize("grain_size", [SECTOR, 4 * KiB, 64 * KiB])
+@pytest.mark.slow
 def test_qemu_reads_a_chain_over_a_flat_disk(tmp_path: Path, grain_size: int) -> None:
     size = TABLE + 1536
     base = random_case(1, size, longest=3000)
@@ -51,6 +52,7 @@ def test_qemu_reads_a_chain_over_a_flat_disk(tmp_path: Path, grain_size: int) ->
 
 
 @pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.slow
 def test_dissect_reads_it(tmp_path: Path, seed: int | None) -> None:
     size = 5 * MiB + 1536
     case = random_case(5, size, longest=500)

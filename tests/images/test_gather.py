@@ -41,6 +41,7 @@ def sources(fill: Fill) -> dict[int, tuple[int, int]]:
 
 @pytest.mark.parametrize("size", [512, 4096, 12288, 65536, UNIT, 2 * UNIT])
 @pytest.mark.parametrize("seed", range(6))
+@pytest.mark.slow
 def test_every_sector_comes_once_and_from_its_own_place(seed: int, size: int) -> None:
     data = random_map(random.Random(seed), layers=1 + seed % 4)
     expected = {e.offset + s: (e.layer, e.file_offset + s) for e in data for s in range(0, e.length, SECTOR)}

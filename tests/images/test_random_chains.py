@@ -111,6 +111,7 @@ def check_chain(name: str, seed: int, directory: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.slow
 def test_random_chains_read_as_the_model(name: str, tmp_path: Path) -> None:
     for seed in range(FAST[name]):
         check_chain(name, seed, tmp_path / "chain")
@@ -175,6 +176,7 @@ def test_qemu_reads_the_same_bases(tmp_path: Path) -> None:
     assert min(checked.values()) >= 3
 
 
+@pytest.mark.slow
 def test_dissect_reads_the_same_children(tmp_path: Path) -> None:
     """Two layers of VHDX, of one block size and one size, without a log: what dissect is right about."""
     vhdx = pytest.importorskip("dissect.hypervisor.disk.vhdx")

@@ -45,6 +45,7 @@ def test_qemu_reads_it(tmp_path: Path, size: int) -> None:
 
 
 @needs_qemu
+@pytest.mark.slow
 def test_qemu_reads_a_chain_over_a_flat_disk(tmp_path: Path) -> None:
     size = TABLE + MiB + 1536
     base = random_case(1, size, longest=9000)
@@ -154,6 +155,7 @@ def test_a_childs_partial_grain_needs_its_parent(tmp_path: Path) -> None:
 @needs_qemu
 @pytest.mark.parametrize("seed", [None, 9])
 @pytest.mark.parametrize("first_grain", [0, 4099])
+@pytest.mark.slow
 def test_the_giant_writer_says_the_same(tmp_path: Path, seed: int | None, first_grain: int) -> None:
     size = 20 * TABLE + 1536
     grains = np.append(scattered_grains(size=size, count=5000, tables=5, seed=4), (size - 1) // GRAIN_SIZE)

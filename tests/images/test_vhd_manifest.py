@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tokvm.core.errors import ImageError
 from tokvm.core.units import GiB
 from tokvm.images.chain import Chain
@@ -46,6 +48,7 @@ def refusal(call: Callable[[], None]) -> ImageError | None:
     return None
 
 
+@pytest.mark.slow
 def test_image_reads_to_its_hash_or_is_refused(manifest_entry: Entry, expand: Expand, kit: Any) -> None:
     def read() -> None:
         chain = chain_of(manifest_entry, expand)

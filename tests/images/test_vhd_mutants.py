@@ -114,6 +114,7 @@ def kit_with_pool(kit: Any) -> Any:
     return Pooled()
 
 
+@pytest.mark.slow
 def test_some_hundred_mutants(kit_with_pool: Any) -> None:
     outcomes = search(kit_with_pool, seed=1, count=500)
     assert outcomes["refused"] > 100  # the mutator reaches the checks

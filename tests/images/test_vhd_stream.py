@@ -49,6 +49,7 @@ def test_it_is_a_disk_reader(kit: Any) -> None:
     block_size=st.sampled_from([512, 4096, 16384, 65536]),
     pool_size=st.sampled_from([512, 4096, 8192, 65536]),
 )
+@pytest.mark.slow
 def test_it_says_the_same_as_random_access(kit: Any, seed: int, kind: int, step: int, block_size: int, pool_size: int) -> None:
     vhd = disk(kit, seed, kind=kind, block_size=block_size)
     raw, under = vhd.build(), random.Random(seed).randbytes(vhd.size)
@@ -152,6 +153,7 @@ def test_covered_is_the_block_map(kit: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", [3, 4])
+@pytest.mark.slow
 def test_every_truncation_is_an_error_naming_the_byte(kit: Any, kind: int) -> None:
     raw = disk(kit, 26, kind=kind, sectors=40, block_size=4096).build()
     for length in range(0, len(raw), 100):

@@ -113,6 +113,7 @@ def test_libvhdi_reads_a_chain(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("block_size", [512, 4096, 512 * 1024, 2 * MiB, 4 * MiB])
 @pytest.mark.parametrize("batmap", [False, True])
+@pytest.mark.slow
 def test_both_of_our_readers_read_it(kit: Any, block_size: int, batmap: bool) -> None:
     size = 5 * MiB + 512
     base, child = random_runs(6, size), random_runs(7, size)

@@ -75,6 +75,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize(("subformat", "block_mib", "zeroes", "size"), CONFIGS)
+@pytest.mark.slow
 def test_disks_by_qemu(kit: Any, tmp_path: Path, subformat: str, block_mib: int, zeroes: str, size: int) -> None:
     path = tmp_path / "disk.vhdx"
     options = f"subformat={subformat},block_size={block_mib}M,block_state_zero={zeroes}"

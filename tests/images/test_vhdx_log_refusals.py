@@ -97,6 +97,7 @@ CASES: dict[str, tuple[Callable[[], bytes], int, str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_a_log_that_cannot_be_replayed_is_refused_with_the_reason(kit: Any, case: str) -> None:
     build, offset, message = CASES[case]
     with pytest.raises(ImageError, match=message) as caught:

@@ -64,6 +64,7 @@ def dirty_disk(child: bool, seed: int) -> tuple[bytes, Layout, bytes]:
 
 @pytest.mark.parametrize("child", [False, True])
 @pytest.mark.parametrize("name", LOGS)
+@pytest.mark.slow
 def test_replay_gives_the_clean_file(name: str, child: bool) -> None:
     for seed in range(2):
         clean, layout, _ = dirty_disk(child, seed)
@@ -80,6 +81,7 @@ def test_replay_gives_the_clean_file(name: str, child: bool) -> None:
 
 
 @pytest.mark.parametrize("name", LOGS)
+@pytest.mark.slow
 def test_our_reader_reads_it_as_after_replay(kit: Any, name: str) -> None:
     for seed in range(2):
         clean, _, content = dirty_disk(child=False, seed=seed)
@@ -92,6 +94,7 @@ def test_our_reader_reads_it_as_after_replay(kit: Any, name: str) -> None:
 
 @needs_qemu
 @pytest.mark.parametrize("name", BY_QEMU)
+@pytest.mark.slow
 def test_qemu_repairs_it_to_the_same(tmp_path: Path, name: str) -> None:
     path = tmp_path / "disk.vhdx"
     for seed in range(2):
@@ -115,6 +118,7 @@ def test_without_replay_the_content_is_wrong(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", Damage)
+@pytest.mark.slow
 def test_after_damage_nothing_can_be_replayed(kit: Any, tmp_path: Path, damage: Damage) -> None:
     clean, _, _ = dirty_disk(child=False, seed=2)
     for entries in (1, 3):

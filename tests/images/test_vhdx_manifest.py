@@ -58,6 +58,7 @@ def digest(reader: ChainReader) -> str:
 
 
 @pytest.mark.parametrize("entry", entries())
+@pytest.mark.slow
 def test_image_reads_to_its_hash_or_is_refused(entry: Entry, expand: Expand) -> None:
     name = entry["image"]
     names = entry.get("chain") or [*([PARENTS[name]] if name in PARENTS else []), name]

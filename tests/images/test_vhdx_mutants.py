@@ -162,6 +162,7 @@ def search(kit: Any, *, seed: int, count: int) -> dict[str, int]:
     return outcomes
 
 
+@pytest.mark.slow
 def test_some_hundred_mutants(kit: Any) -> None:
     outcomes = search(kit, seed=1, count=250)
     assert outcomes["refused"] > 100  # the mutator reaches the checks

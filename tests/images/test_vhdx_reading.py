@@ -46,6 +46,7 @@ def kinds(layer: Layer) -> list[tuple[int, int, ExtentKind]]:
 
 @settings(**FULL)  # type: ignore[arg-type]
 @given(seed=st.integers(0, 2**32), tail=st.sampled_from([0, 512, 4096, MIB - 512]), sector=st.sampled_from([512, 4096]))
+@pytest.mark.slow
 def test_any_chain_of_three_reads_as_its_layers_over_one_another(kit: Any, seed: int, tail: int, sector: int) -> None:
     rng = random.Random(seed)
     tail -= tail % sector

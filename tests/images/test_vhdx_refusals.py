@@ -230,6 +230,7 @@ CASES: dict[str, tuple[Build, int, str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_refused_with_place_and_field(kit: Any, case: str) -> None:
     build, offset, message = CASES[case]
     with pytest.raises(ImageError, match=message) as caught:
@@ -267,6 +268,7 @@ def test_every_truncation_is_refused(kit: Any) -> None:
         assert caught.value.where.startswith("short.vhdx@")
 
 
+@pytest.mark.slow
 def test_a_locator_full_of_entries_costs_little(kit: Any) -> None:
     """About the most that an item may hold, half of it control characters: all shown, escaped."""
     entries = {f"k{number}": "\x1b" * 4 for number in range(28_000)} | GOOD

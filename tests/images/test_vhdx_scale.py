@@ -93,6 +93,7 @@ def measured(*arguments: object, **options: object) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_an_empty_disk_of_64_tebibytes_maps_at_once() -> None:
     found = measured(64 * TiB, 32 * MiB, 0)
     assert found["data"] == found["zero"] == 0

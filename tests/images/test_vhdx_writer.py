@@ -40,6 +40,7 @@ def random_runs(seed: int, size: int, *, step: int = SECTOR, largest: int = MiB)
 @pytest.mark.parametrize("kind", ["dynamic", "fixed"])
 @pytest.mark.parametrize("size", [SECTOR, MiB, 9 * MiB + 1536])
 @pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.slow
 def test_three_readers_agree_on_a_base(tmp_path: Path, kind: str, size: int, seed: int | None) -> None:
     runs = random_runs(size, size)
     path = tmp_path / "disk.vhdx"

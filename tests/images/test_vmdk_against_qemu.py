@@ -96,6 +96,7 @@ def test_what_qemu_writes(kit: Any, tmp_path: Path, subformat: str, size: int) -
 
 
 @pytest.mark.parametrize("zeroed", ["on", "off"])
+@pytest.mark.slow
 def test_chains_that_qemu_writes(kit: Any, tmp_path: Path, zeroed: str) -> None:
     rng = random.Random(zeroed)
     layers = [tmp_path / f"layer{number}.vmdk" for number in range(4)]
@@ -115,6 +116,7 @@ def test_chains_that_qemu_writes(kit: Any, tmp_path: Path, zeroed: str) -> None:
 
 @pytest.mark.parametrize("kind", ["sparse", "front", "stream", "cowd", "sesparse"])
 @pytest.mark.parametrize("seed", range(4))
+@pytest.mark.slow
 def test_qemu_reads_what_the_naive_builders_make(kit: Any, tmp_path: Path, kind: str, seed: int) -> None:
     """But for compressed grains without markers: it takes the size before them for zlib."""
     rng = random.Random(seed)

@@ -95,6 +95,7 @@ def chain_of(entry: Entry, unpack: Unpack) -> Chain:
 
 
 @pytest.mark.parametrize("entry", params(is_hashed))
+@pytest.mark.slow
 def test_an_image_reads_to_its_hash(entry: Entry, unpack: Unpack, kit: Any) -> None:
     chain = chain_of(entry, unpack)
     assert chain.size == entry["virtual_size"]

@@ -130,6 +130,7 @@ KINDS = ("sparse", "compressed", "front", "stream", "cowd", "sesparse")
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_some_hundred_mutants(kit: Any, kind: str) -> None:
     pool, places = BufferPool(6, 65536), places_of(kind)
     outcomes = run_mutants(list(places), mutator(kind, places), attempt(kit, pool, kind), seed=1, count=200)
@@ -220,6 +221,7 @@ def test_many_thousand_mutants_of_descriptors(kit: Any, seed: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_every_bit_of_the_headers(kit: Any, kind: str) -> None:
     disk = disks(kind)[1]
     raw, tried = disk.build(), attempt(kit, BufferPool(6, 65536), kind)

@@ -127,6 +127,7 @@ def joined(windows: list[ExtentMap]) -> ExtentMap:
 
 @settings(**SOME)  # type: ignore[arg-type]
 @given(kind=st.sampled_from(KINDS), seed=st.integers(0, 2**32), start=st.integers(0, 150_000), length=st.integers(1, 150_000))
+@pytest.mark.slow
 def test_any_window_is_a_part_of_the_whole(kit: Any, kind: str, seed: int, start: int, length: int) -> None:
     found = layer(kit, naive(kind, 293 * SECTOR, seed))
     stop = min(start + length, found.size)

@@ -104,6 +104,7 @@ def test_neighbouring_grains_are_one_chunk(kit: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["stream", "front"])
 @pytest.mark.parametrize("pool_size", [4096, 65536])
+@pytest.mark.slow
 def test_it_goes_on_exactly_behind_any_chunk(kit: Any, kind: str, pool_size: int) -> None:
     vmdk = disk(21, kind=kind, sectors=9000, shuffled=False, tail=bytes(SECTOR) if kind == "front" else b"")
     raw = vmdk.build()

@@ -44,6 +44,7 @@ def soft_case(seed: int, size: int) -> Case:
 @needs_qemu
 @pytest.mark.parametrize("tables", list(Tables))
 @pytest.mark.parametrize(("seed", "level"), [(None, 6), (5, 0), (6, 9)])
+@pytest.mark.slow
 def test_qemu_reads_it(tmp_path: Path, tables: Tables, seed: int | None, level: int) -> None:
     case = soft_case(level, SIZE)
     path, out = tmp_path / "disk.vmdk", OneWay()
@@ -67,6 +68,7 @@ def test_qemu_reads_disks_of_any_size(tmp_path: Path, size: int, short: bool) ->
 
 @pytest.mark.parametrize("tables", list(Tables))
 @pytest.mark.parametrize("grain_size", [8 * KiB, MiB])
+@pytest.mark.slow
 def test_dissect_reads_it(tmp_path: Path, tables: Tables, grain_size: int) -> None:
     case = random_case(3, 8 * MiB, longest=2000)
     options = StreamOptions(grain_size, tables=tables, seed=3)

@@ -97,6 +97,7 @@ def test_qemu_reads_split_disks(tmp_path: Path, split: int) -> None:
 
 @pytest.mark.parametrize("split", [4 * MiB + SECTOR, 3 * SECTOR + GRAIN_SIZE])
 @pytest.mark.parametrize("zeroed_grains", [False, True])
+@pytest.mark.slow
 def test_dissect_reads_extents_that_end_inside_a_grain(tmp_path: Path, split: int, zeroed_grains: bool) -> None:
     """QEMU 7.2 is no help here: it reads on in the grain, behind the extent's end."""
     size = 9 * MiB + 1536

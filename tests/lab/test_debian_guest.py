@@ -56,6 +56,7 @@ def inside(disk: Path, request: str) -> str:
     return said.decode(errors="replace")
 
 
+@pytest.mark.slow
 def test_its_disk_holds_the_root_and_what_is_its_own(tiny_root: Path, tmp_path: Path) -> None:
     settings = GuestSettings(name="web-1", clock_port=4711)
     guest = build_debian(tmp_path / "web.raw", size=SIZE, settings=settings, root=tiny_root)

@@ -22,6 +22,7 @@ def inside(disk: Path, request: str) -> str:
     return said.decode(errors="replace")
 
 
+@pytest.mark.slow
 def test_the_disk_holds_what_boots_it(guest: GuestImage, kernel: GuestKernel) -> None:
     with guest.disk.open("rb") as file:
         mbr = file.read(512)
@@ -47,6 +48,7 @@ def test_the_file_system_is_clean(guest: GuestImage, tmp_path: Path, data_disk: 
         assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_the_settings_are_on_the_disk(tmp_path: Path, kernel: GuestKernel) -> None:
     settings = GuestSettings(name="web-1", clock_port=4711, write_rate=1000, ledger_s=0.25, heartbeat_s=0.5, data_disks=2)
     image = build_guest(tmp_path / "web.raw", size=64 * MiB, settings=settings, kernel=kernel)
@@ -100,6 +102,7 @@ def loadable(kernel: GuestKernel, names: tuple[str, ...]) -> set[str]:
 
 
 @pytest.mark.parametrize("drivers", Drivers)
+@pytest.mark.slow
 def test_the_initrd_is_an_archive_laid_out_as_a_distributions(drivers: Drivers, kernel: GuestKernel, tmp_path: Path) -> None:
     image = build_guest(tmp_path / "guest.raw", size=64 * MiB, kernel=kernel, drivers=drivers.value)
     (tmp_path / "initrd").mkdir()
@@ -113,6 +116,7 @@ def test_the_initrd_is_an_archive_laid_out_as_a_distributions(drivers: Drivers, 
     assert found.startswith("070701")
 
 
+@pytest.mark.slow
 def test_a_guest_for_ide_lacks_virtio_only_in_its_initrd(kernel: GuestKernel, tmp_path: Path) -> None:
     assert not any(name.startswith("virtio") for name in loadable(kernel, FORCED[Drivers.IDE]))
     image = build_guest(tmp_path / "guest.raw", size=64 * MiB, kernel=kernel, drivers="ide")

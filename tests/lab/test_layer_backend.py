@@ -44,6 +44,7 @@ def disk_now(vm: SourceVm, frozen: str, folder: Path) -> bytes:
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.slow
 def test_changes_laid_over_the_older_disk_make_the_newer_one(new_vm: VmFactory, tmp_path: Path, seed: int) -> None:
     vm, noise = new_vm(), random.Random(seed)
     name, backend = vm.dir.name, QemuBackend(vm.dir.parent)
@@ -98,6 +99,7 @@ def test_the_files_of_a_played_host_hold_the_guests_disk(new_vm: VmFactory, tmp_
 
 
 @pytest.mark.parametrize("type_", ["VMFS-6", "VMFS-5"])
+@pytest.mark.slow
 def test_the_files_of_a_played_esxi_hold_the_guests_disk(new_vm: VmFactory, tmp_path: Path, type_: str) -> None:
     """Snapshots of the host over a VM that is off; qemu-img reads each frozen chain of its VMDK files."""
     vm, noise = new_vm(), random.Random(8)

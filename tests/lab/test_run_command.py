@@ -23,6 +23,7 @@ RECORD = LabRecord(
 )
 
 
+@pytest.mark.slow
 def test_the_command_lines_are_understood_by_the_real_command(place: Path) -> None:
     """A refused connection, not a refused option."""
     for argv in (
@@ -38,6 +39,7 @@ def test_the_command_lines_are_understood_by_the_real_command(place: Path) -> No
         assert done.document.get("outcome") == "error", done.messages
 
 
+@pytest.mark.slow
 def test_an_error_document_and_messages_are_kept(place: Path) -> None:
     done = run_tokvm(finish_argv(place, "nobody"), place, timeout_s=60)
     assert done.code != 0

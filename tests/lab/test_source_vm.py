@@ -49,6 +49,7 @@ def delta(vm: SourceVm, disk: int, since: str, frozen: str, folder: Path) -> Pat
     return out
 
 
+@pytest.mark.slow
 def test_base_and_deltas_make_the_later_disk(new_vm: VmFactory, flatten: Flatten, tmp_path: Path) -> None:
     vm, noise, size = new_vm(), random.Random(5), 16 * MiB
     vhds = []
@@ -61,6 +62,7 @@ def test_base_and_deltas_make_the_later_disk(new_vm: VmFactory, flatten: Flatten
     assert flatten([vhds[0], delta(vm, 1, "s0", "s3", tmp_path)], b"") == raw(vm, 1, "s3", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_delta_over_the_older_disk_is_the_newer_one(new_vm: VmFactory, flatten: Flatten, tmp_path: Path) -> None:
     vm = new_vm()
     scribble(vm, 0, "write -P 7 90M 3M")

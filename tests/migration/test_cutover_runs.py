@@ -83,6 +83,7 @@ def calls(make_synced: MakeSynced) -> int:
 
 
 @pytest.mark.parametrize("fault", [Fault.DIE_BEFORE, Fault.DIE_AFTER])
+@pytest.mark.slow
 def test_death_at_any_call(make_synced: MakeSynced, calls: int, fault: Fault) -> None:
     for number in range(calls):
         rig = make_synced()
@@ -94,6 +95,7 @@ def test_death_at_any_call(make_synced: MakeSynced, calls: int, fault: Fault) ->
 
 
 @pytest.mark.parametrize("after", [False, True])
+@pytest.mark.slow
 def test_death_at_any_journal_write(make_synced: MakeSynced, *, after: bool) -> None:
     number = 0
     while True:
@@ -110,6 +112,7 @@ def test_death_at_any_journal_write(make_synced: MakeSynced, *, after: bool) -> 
 
 
 @pytest.mark.parametrize("fault", [fault for fault in Fault if "IE_" not in fault.name and "KILL" not in fault.name])
+@pytest.mark.slow
 def test_one_fault_at_any_call(make_synced: MakeSynced, calls: int, fault: Fault) -> None:
     for number in range(calls):
         rig = make_synced()
@@ -119,6 +122,7 @@ def test_one_fault_at_any_call(make_synced: MakeSynced, calls: int, fault: Fault
         assert_settled(rig, f"{fault} at {number}")
 
 
+@pytest.mark.slow
 def test_a_lost_reply_does_not_make_a_cutover_fail(make_synced: MakeSynced, calls: int) -> None:
     ends = []
     for number in range(calls):
@@ -131,6 +135,7 @@ def test_a_lost_reply_does_not_make_a_cutover_fail(make_synced: MakeSynced, call
 
 
 @pytest.mark.parametrize("fault", [Fault.DIE_BEFORE, Fault.DIE_AFTER, Fault.REFUSE, Fault.LIFT, Fault.INTERLUDE])
+@pytest.mark.slow
 def test_a_morph_is_undone_before_anything_else_is_written(make_synced: MakeSynced, calls: int, fault: Fault) -> None:
     for number in range(9, calls + 8):
         rig = make_synced()
@@ -183,6 +188,7 @@ def check_plans(make_synced: MakeSynced, plans: list[dict[int, Fault]]) -> None:
         assert_settled(rig, str(plan))
 
 
+@pytest.mark.slow
 def test_some_plans_of_several_events(make_synced: MakeSynced, calls: int) -> None:
     check_plans(make_synced, pairs(calls, 60, seed=1))
 
@@ -284,6 +290,7 @@ def kill_for_real(rig: Any, fault: Fault, number: int) -> None:
 
 
 @pytest.mark.parametrize("fault", [Fault.KILL_BEFORE, Fault.KILL_AFTER])
+@pytest.mark.slow
 def test_a_real_kill(make_synced: MakeSynced, calls: int, fault: Fault) -> None:
     for number in range(0, calls, 5):
         rig = make_synced()

@@ -110,6 +110,7 @@ def stranger(rig: Rig, source: str, **seconds: float) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.slow
 def test_the_prediction_is_within_a_quarter_of_what_comes(slow_rig: Callable[..., Rig], way: str) -> None:
     for seed in range(6):
         rig = slow_rig(seed=seed, way=way)

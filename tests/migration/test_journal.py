@@ -245,6 +245,7 @@ def test_an_emptied_journal_is_not_taken_for_a_new_one(tmp_path: Path) -> None:
         Journal.open(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_harmless_or_refused(tmp_path: Path) -> None:
     """At a sample of all bytes: either the same answers, or JournalError; never another answer."""
     good = whole(tmp_path)

@@ -174,6 +174,7 @@ def test_started_with_the_source_on_and_the_target_off_needs_a_person(make_synce
 
 
 @pytest.mark.parametrize("target_on", [False, True])
+@pytest.mark.slow
 def test_rollback_intent_goes_on_whatever_the_target_does(make_synced: MakeSynced, *, target_on: bool) -> None:
     rig = stopped_at(make_synced, Phase.STARTED)
     rig.journal().book(rig.journals[0].migrations()[0].id).advance(Event.ROLL_BACK)

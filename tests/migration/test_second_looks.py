@@ -239,6 +239,7 @@ def test_a_snapshot_that_lost_a_disk_counts_as_gone(make_rig: Callable[..., Any]
 
 
 @pytest.mark.parametrize("loss", ["gone", "a disk is gone", "taken back to the one before"])
+@pytest.mark.slow
 def test_a_pass_whose_snapshot_went_in_the_middle_is_not_built_over(make_rig: Callable[..., Any], loss: str) -> None:
     rig = make_rig(disks=2)
     rig.begin()

@@ -96,6 +96,7 @@ def test_a_budget_ends_it_when_the_cutover_fits(rig: Any) -> None:
     assert len(report.passes) == 6
 
 
+@pytest.mark.slow
 def test_death_anywhere_and_again_goes_on_to_the_same_bytes(make_rig: MakeRig) -> None:
     """At every call, before or after it; every third one dies a second time on the way back."""
     for fault in (Fault.DIE_BEFORE, Fault.DIE_AFTER):
@@ -122,6 +123,7 @@ def test_death_anywhere_and_again_goes_on_to_the_same_bytes(make_rig: MakeRig) -
 
 
 @pytest.mark.parametrize("after", [False, True])
+@pytest.mark.slow
 def test_death_at_any_journal_write(make_rig: MakeRig, *, after: bool) -> None:
     number = 0
     while True:
@@ -304,6 +306,7 @@ def test_a_disk_that_grew_needs_a_target_that_grew(rig: Any) -> None:
     assert target_is_newest_snapshot(rig)
 
 
+@pytest.mark.slow
 def test_what_a_larger_target_held_behind_a_disk_that_grew_is_zeroed(make_rig: MakeRig) -> None:
     """A delta names the blocks that were written; the rest of the new part was never written, and reads as zeros."""
     for fault in (None, *range(40)):

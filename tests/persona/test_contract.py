@@ -53,6 +53,7 @@ NOT_IN_THE_CONTRACT = [
 
 
 @pytest.mark.parametrize("line", NOT_IN_THE_CONTRACT)
+@pytest.mark.slow
 def test_a_line_that_is_not_in_the_contract_fails_and_is_recorded(host: XenHost, line: str) -> None:
     answer = host.run(line=line)
     assert answer.code != 0
@@ -108,6 +109,7 @@ def test_an_empty_list_is_an_empty_line(host: XenHost) -> None:
     assert (answer.code, answer.stdout) == (0, b"\n")
 
 
+@pytest.mark.slow
 def test_hardware_is_described_as_xe_does(build: Callable[..., XenHost]) -> None:
     nics = [NicSpec("02:00:00:00:00:0A"), NicSpec("02:00:00:00:00:0b", network="backup, nightly")]
     disks = [DiskSpec(1 << 20, sr="nfs", label="system"), DiskSpec(2 << 20, sharable=True)]

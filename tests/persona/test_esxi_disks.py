@@ -78,6 +78,7 @@ def descriptor(host: EsxHost, path: str) -> dict[str, str]:
         *(pytest.param(type_, seed, marks=pytest.mark.slow) for type_ in TYPES for seed in (1, 2)),
     ],
 )
+@pytest.mark.slow
 def test_every_snapshot_holds_what_the_guest_had_written_then(build_esxi: BuildEsxi, type_: str, seed: int) -> None:
     host = one_machine(build_esxi, type_)
     rng = random.Random(seed)

@@ -58,6 +58,7 @@ def scribble(host: XenHost, disk: int = 0, *, seed: int) -> None:
 
 
 @pytest.mark.parametrize("disk", [0, 1])
+@pytest.mark.slow
 def test_a_base_and_its_deltas_make_the_frozen_disk(host: XenHost, tmp_path: Path, disk: int) -> None:
     streams, taken, base = [], "", ""
     for number in range(1, 4):
@@ -90,6 +91,7 @@ def test_a_stream_has_the_shape_and_the_ids_of_xapis(host: XenHost) -> None:
     assert (footer.type, str(footer.unique_id), str(header.parent_id)) == (4, vdi, base)
 
 
+@pytest.mark.slow
 def test_a_resumed_export_sends_the_rest_and_no_more(host: XenHost) -> None:
     scribble(host, seed=1)
     _, vdi = snapshot(host, 1)
@@ -101,6 +103,7 @@ def test_a_resumed_export_sends_the_rest_and_no_more(host: XenHost) -> None:
     assert sent == [len(whole), len(whole), len(whole) - 1, len(whole) - 512, 1, 0]
 
 
+@pytest.mark.slow
 def test_two_exports_of_the_same_are_the_same(host: XenHost) -> None:
     scribble(host, seed=1)
     _, vdi = snapshot(host, 1)
@@ -183,12 +186,14 @@ def test_fault_fail_ends_early_and_says_so(host: XenHost) -> None:
     assert answer.stderr
 
 
+@pytest.mark.slow
 def test_fault_flip_changes_one_bit(host: XenHost) -> None:
     good, answer = _exported(host, "flip", at=100_000)
     assert [at for at in range(len(good)) if good[at] != answer.stdout[at]] == [100_000]
 
 
 @pytest.mark.parametrize("at", [70, -100])
+@pytest.mark.slow
 def test_fault_flip_reaches_the_footers_too(host: XenHost, at: int) -> None:
     good, answer = _exported(host, "flip", at=at)
     assert [n for n in range(len(good)) if good[n] != answer.stdout[n]] == [at % len(good)]

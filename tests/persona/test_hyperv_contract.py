@@ -74,6 +74,7 @@ LINES = [
         ("powershell", b"is not recognized as the name of a cmdlet"),
     ],
 )
+@pytest.mark.slow
 def test_any_other_command_line_is_refused_and_recorded(build_hyperv: BuildHyperV, shell: str, said: bytes) -> None:
     host = build_hyperv(MachineSpec("web"), default_shell=shell)
     answers = [host.run(line) for line in LINES]

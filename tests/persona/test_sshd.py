@@ -86,6 +86,7 @@ def test_frozen_connections_are_silent_but_alive_and_can_thaw(sshd: Sshd) -> Non
 
 
 @pytest.mark.parametrize(("lifetime", "survives"), [(Lifetime.WITH_US, False), (Lifetime.OUTLIVES_US, True)])
+@pytest.mark.slow
 def test_it_dies_with_its_starter_or_is_found_again(tmp_path: Path, lifetime: Lifetime, survives: bool) -> None:
     code = (
         "import sys; from pathlib import Path; from tokvm.testing.sshd import *;"

@@ -22,6 +22,7 @@ def silent(line: str) -> None:
     raise AssertionError(line)
 
 
+@pytest.mark.slow
 def test_a_guest_is_prepared_and_its_rebuild_heard_line_by_line(guest: GuestTree, logs_into: LogsInto) -> None:
     said: list[str] = []
     host = logs_into(guest)
@@ -67,6 +68,7 @@ def test_without_root_nothing_is_touched(dash_guest: GuestTree, logs_into: LogsI
         ("echo 'sh is not recognized as an internal or external command' >&2; exit 1", "is not recognized"),
     ],
 )
+@pytest.mark.slow
 def test_a_guest_that_answers_oddly_is_refused(logs_into: LogsInto, login: str, why: str) -> None:
     with pytest.raises(GuestError, match=why) as refused:
         ask(logs_into(login), Task.LOOK, on_said=lambda line: None)

@@ -36,6 +36,7 @@ def content(guest: GuestTree) -> dict[str, tuple[bytes, int]]:
 
 
 @pytest.mark.parametrize("generator", PROGRAMS)
+@pytest.mark.slow
 def test_each_generator_is_configured_as_the_micro_morph_does_it_and_run_once(make_guest: MakeGuest, generator: str) -> None:
     guest = make_guest(generator)
     found = run(guest, Task.PREPARE)
@@ -54,6 +55,7 @@ def test_each_generator_is_configured_as_the_micro_morph_does_it_and_run_once(ma
 
 
 @pytest.mark.parametrize("generator", PROGRAMS)
+@pytest.mark.slow
 def test_twice_is_the_same_as_once(make_guest: MakeGuest, generator: str) -> None:
     guest = make_guest(generator)
     ((path, _),) = run(guest, Task.PREPARE).config
@@ -82,6 +84,7 @@ def test_where_each_driver_is(guest: GuestTree) -> None:
 
 
 @pytest.mark.parametrize("name", [*(f"boot/{name}" for name in initrd_names("V1")), f"boot/{'a' * 32}/V1/initrd"])
+@pytest.mark.slow
 def test_an_initramfs_is_found_under_every_name_that_inspection_knows(dash_guest: GuestTree, name: str) -> None:
     dash_guest.kernel("V1", name)
     assert {one.version: one.initrd for one in run(dash_guest, Task.LOOK).before}["V1"] == f"/{name}"
@@ -108,6 +111,7 @@ def test_what_is_signed_unified_or_broken_is_said(guest: GuestTree) -> None:
 
 
 @pytest.mark.parametrize("generator", PROGRAMS)
+@pytest.mark.slow
 def test_a_rebuild_that_fails_leaves_the_configuration_as_it_was(make_guest: MakeGuest, generator: str) -> None:
     guest = make_guest(generator)
     config = guest.root / "etc"
@@ -198,6 +202,7 @@ def start(guest: GuestTree) -> subprocess.Popen[bytes]:
     return child
 
 
+@pytest.mark.slow
 def test_a_connection_that_breaks_does_not_end_a_rebuild(guest: GuestTree) -> None:
     child = start(guest)
     assert child.stdout is not None
@@ -211,6 +216,7 @@ def test_a_connection_that_breaks_does_not_end_a_rebuild(guest: GuestTree) -> No
     assert "virtio_scsi" in guest.read(MODULES)
 
 
+@pytest.mark.slow
 def test_one_run_at_a_time(guest: GuestTree) -> None:
     child = start(guest)
     config = guest.read(MODULES)
@@ -223,6 +229,7 @@ def test_one_run_at_a_time(guest: GuestTree) -> None:
     assert run(guest, Task.PREPARE).rebuilt == 0
 
 
+@pytest.mark.slow
 def test_a_script_that_is_told_to_end_puts_the_configuration_back(guest: GuestTree) -> None:
     child = start(guest)
     child.send_signal(signal.SIGTERM)

@@ -150,6 +150,7 @@ def test_nobody_cuts_over_meanwhile(setting: Setting) -> None:
     assert setting.guest.calls == []
 
 
+@pytest.mark.slow
 def test_the_command(setting: Setting, shared_sshd: Sshd, tokvm: Callable[..., subprocess.CompletedProcess[str]]) -> None:  # noqa: F811
     begin(setting.journal, MAC)
     ssh = ["--guest-ssh", shared_sshd.netloc, "--ssh-config", shared_sshd.config_file]

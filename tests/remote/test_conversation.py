@@ -88,6 +88,7 @@ def test_requests_and_answers_larger_than_any_pipe_pass_each_other(host: SshHost
     talk.close()
 
 
+@pytest.mark.slow
 def test_what_comes_before_the_request_is_out_is_no_answer_to_it(host: SshHost) -> None:
     talk = host.converse("echo early; sleep 0.5; cat >/dev/null")
     with pytest.raises(ConnectionLost, match="did not answer"):
@@ -95,6 +96,7 @@ def test_what_comes_before_the_request_is_out_is_no_answer_to_it(host: SshHost) 
     talk.close()
 
 
+@pytest.mark.slow
 def test_an_answer_that_does_not_come_ends_the_conversation(host: SshHost) -> None:
     talk = host.converse("read -r line; echo half; sleep 60")
     with pytest.raises(ConnectionLost, match=r"did not answer within 0\.5 s"):
@@ -193,6 +195,7 @@ def test_a_line_that_is_no_command_is_refused(host: SshHost, line: str) -> None:
         host.converse(line)
 
 
+@pytest.mark.slow
 def test_each_request_is_recorded_with_its_answer(shared_server: Any, tmp_path: Path) -> None:
     recorder = Recorder.open(tmp_path / "transcripts", verb="check")
     host = RecordedHost(shared_server.config(), recorder)

@@ -59,6 +59,7 @@ def test_the_command_by_which_a_person_teaches_the_key_does_so(shared_server: An
 
 
 @pytest.mark.parametrize("accept", [False, True])
+@pytest.mark.slow
 def test_a_changed_key_is_refused_whatever_was_said(
     make_server: Callable[..., Any], open_host: OpenHost, attempt: Attempt, accept: bool
 ) -> None:

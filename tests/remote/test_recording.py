@@ -236,6 +236,7 @@ def test_no_canary_is_in_a_transcript(shared_server: Any, tmp_path: Path, monkey
     assert text.count("REMOVED-") >= len(s) - 1, "the encoded one is removed inside of its base64"
 
 
+@pytest.mark.slow
 def test_a_large_answer_is_cut_at_a_blank_with_its_length_and_hash(host: RecordedHost, recorder: Recorder) -> None:
     done = host.run(["seq", "400000"])
     found = only(recorder)
@@ -353,6 +354,7 @@ def test_a_machine_without_room_begins_without_a_transcript(
     assert list((tmp_path / "t").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_whole_lines_and_what_was_under_way(tmp_path: Path) -> None:
     script = f"""
 import time

@@ -140,6 +140,7 @@ def test_the_same_secret_has_the_same_number() -> None:
 
 
 @given(st.text(min_size=4, max_size=30).filter(lambda text: len(text.strip()) >= 4))
+@pytest.mark.slow
 def test_a_known_secret_is_removed_in_every_quoting(secret: str) -> None:
     secret = "\x02" + secret  # so that it is no part of what stands around it
     scrub = Scrubber([secret])
@@ -168,6 +169,7 @@ HEAVY += ["://a:", "-u a:", "net user ", "eyJabcdefg."]
 
 
 @pytest.mark.parametrize("unit", HEAVY)
+@pytest.mark.slow
 def test_no_text_makes_it_slow(unit: str) -> None:
     scrub, begun = Scrubber(), time.process_time()
     scrub(unit * ((128 << 10) // len(unit)))

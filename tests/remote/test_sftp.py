@@ -222,6 +222,7 @@ def test_a_status_in_the_middle_is_an_error_at_that_offset(
 
 
 @pytest.mark.parametrize("damage", ["oversize", "undersize", "count", "more", "empty", "twice", "stranger", "kind"])
+@pytest.mark.slow
 def test_a_reply_that_lies_ends_the_connection(fake_client: Callable[..., SftpClient], path: str, damage: str) -> None:
     with fake_client(damage=damage) as sftp:
         file = sftp.open(path)

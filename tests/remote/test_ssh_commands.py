@@ -166,6 +166,7 @@ def test_the_socket_is_private_and_its_path_short_and_gone_at_the_end(
 
 
 @pytest.mark.parametrize("how", ["master", "session", "socket"])
+@pytest.mark.slow
 def test_a_control_connection_that_died_is_made_again(
     make_server: Callable[..., Any], open_host: Callable[..., SshHost], eventually: Callable[..., None], how: str
 ) -> None:

@@ -53,6 +53,7 @@ def test_an_empty_stream_ends_well(host: SshHost) -> None:
         assert stream.received == 0
 
 
+@pytest.mark.slow
 def test_only_the_first_byte_may_take_longer(host: SshHost) -> None:
     with opened(host, "sleep 1.5; echo x; sleep 30", deadline_s=0.5, first_byte_s=20) as stream:
         assert drain(stream, least=2) == b"x\n"
@@ -105,6 +106,7 @@ def test_a_killed_session_is_a_lost_connection(make_server: Callable[..., Any], 
             stream.finish()
 
 
+@pytest.mark.slow
 def test_a_stopped_remote_reader_is_a_lost_connection_though_sshd_answers(
     make_server: Callable[..., Any], open_host: OpenHost
 ) -> None:
@@ -121,6 +123,7 @@ def test_a_stopped_remote_reader_is_a_lost_connection_though_sshd_answers(
         assert host.run(["echo", "alive"]).stdout == b"alive\n"
 
 
+@pytest.mark.slow
 def test_a_black_hole_is_found_by_the_keepalive(make_server: Callable[..., Any], open_host: OpenHost) -> None:
     """The peer's kernel takes our packets, and nobody answers: the deadline is far off, ssh itself gives up."""
     server = make_server()

@@ -69,6 +69,7 @@ def frozen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Frozen:
     return Frozen(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_base_is_all_layers_up_to_the_snapshot(frozen: Frozen) -> None:
     assert frozen.read(0) == {0: b"a", 8 * MiB: b"a"}
     assert frozen.read(1) == {0: b"b", 8 * MiB: b"a"}
@@ -133,6 +134,7 @@ def test_a_hint_that_leads_elsewhere_is_refused_and_not_followed(frozen: Frozen,
 
 
 @pytest.mark.parametrize("name", ["other-flat.vmdk", "web.vmx", "web-flat.vmdk.bak", "webx-flat.vmdk"])
+@pytest.mark.slow
 def test_an_extent_of_another_name_is_not_opened(frozen: Frozen, name: str) -> None:
     path = frozen.host.folder / "web.vmdk"
     path.write_bytes(path.read_bytes().replace(b"web-flat.vmdk", name.encode()))
@@ -235,6 +237,7 @@ def test_a_clone_that_somebody_left_is_made_anew(cloning: Frozen) -> None:
     assert ("vmkfstools", "-U", f"{DIR}/tokvm-clone/{path.name}") in cloning.host.log
 
 
+@pytest.mark.slow
 def test_clones_go_with_their_snapshot_and_with_the_claim(cloning: Frozen) -> None:
     cloning.open(0).close()
     cloning.source.remove_snapshot(VM, cloning.marks[1])
@@ -273,6 +276,7 @@ def test_the_same_layers_are_the_same_reader_to_anybody(frozen: Frozen) -> None:
 
 
 @pytest.mark.parametrize("name", ["web-000001-sesparse.vmdk", "web-flat.vmdk", "web-000001.vmdk"])
+@pytest.mark.slow
 def test_a_layer_that_is_opened_for_writing_meanwhile_voids_the_pass(frozen: Frozen, name: str) -> None:
     reader = frozen.open(1)
     path = frozen.host.folder / name
@@ -292,6 +296,7 @@ def test_a_layer_that_is_gone_or_shorter_voids_the_pass(frozen: Frozen) -> None:
     reader.close()
 
 
+@pytest.mark.slow
 def test_after_a_long_pass_the_host_is_asked_for_the_chain_again(frozen: Frozen, monkeypatch: pytest.MonkeyPatch) -> None:
     frozen.read(2)
     asked = len(frozen.host.sent("device.getdevices"))

@@ -207,6 +207,7 @@ ODD_RANGES = ["", "bytes 0-511/20992", "bytes 4096-4606/20992", "bytes 4096-4607
 
 
 @pytest.mark.parametrize("said", [*ODD_RANGES, "bytes 0-4607/20992"])
+@pytest.mark.slow
 def test_another_range_than_the_one_asked_for_is_refused(server: Server, file: FolderFile, said: str) -> None:
     server.answers.append(raw(206, {"Content-Range": said, "Content-Length": "512"}, bytes(512)))
     with pytest.raises((SourceError, ImageError)):

@@ -217,6 +217,7 @@ def areas_of(vm: TrackedVm) -> list[tuple[int, int]]:
     blocks=st.sets(st.integers(0, 63)),
     page=st.integers(1, 64),
 )
+@pytest.mark.slow
 def test_every_page_is_asked_for_also_behind_empty_ones(blocks: set[int], page: int) -> None:
     vm = TrackedVm(64 * MiB, [(block * MiB, MiB) for block in sorted(blocks)], page * MiB)
     assert areas_of(vm) == vm.areas

@@ -207,6 +207,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.slow
 def test_a_fence_cut_off_anywhere_is_finished_and_undone(
     host: ScriptedHost,
     source: XenServerSource,

@@ -515,6 +515,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_kill_9_of_us_takes_the_server_along_and_loses_nothing_that_was_flushed(
     disk: Path, take: Callable[..., NbdTarget]
 ) -> None:

@@ -64,6 +64,7 @@ def refused(spec: TargetSpec, *, size: int = SIZE, expect: str | None = None) ->
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
+@pytest.mark.slow
 def test_a_device_that_holds_something_is_refused(name: str, loop: LoopMaker, fingerprint: Sha) -> None:
     device = loop(size=SIZE, content=SIGNATURES[name])
     before = fingerprint(device)
@@ -73,6 +74,7 @@ def test_a_device_that_holds_something_is_refused(name: str, loop: LoopMaker, fi
 
 @pytest.mark.parametrize("name", ["ext4", "qcow2"])
 @pytest.mark.parametrize("confirm", [None, "", "8388607", "9M", "yes", "SERIAL-OF-ANOTHER"])
+@pytest.mark.slow
 def test_force_without_the_right_size_or_serial_is_refused(
     name: str, confirm: str | None, loop: LoopMaker, fingerprint: Sha
 ) -> None:

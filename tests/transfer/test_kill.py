@@ -98,6 +98,7 @@ def allowed(extents: int) -> int:
     ("call", "points"),
     [("pwrite", range(1, 60, 4)), ("fdatasync", range(1, 30, 3)), ("fsync", range(1, 16, 2)), ("ftruncate", range(1, 3))],
 )
+@pytest.mark.slow
 def test_killed_anywhere_the_next_run_finishes_byte_identical(
     call: str, points: range, model: Model, reader_of: Any, tmp_path: Path
 ) -> None:

@@ -261,6 +261,7 @@ def test_a_disk_larger_than_the_target_is_refused(reader_of: Any, tmp_path: Path
 
 @pytest.mark.parametrize("call", ["pwrite", "fdatasync"])
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+@pytest.mark.slow
 def test_any_failing_call_ends_the_pass_and_a_resumed_run_is_byte_identical(
     call: str,
     code: int,
