@@ -260,6 +260,7 @@ def test_another_try_after_the_guest_ran_undoes_nothing(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("on", [True, False])
+@pytest.mark.slow
 def test_a_run_that_died_before_it_forgot_and_a_guest_that_ran_since(bench: Bench, on: bool) -> None:
     """That morph is whole and was run on: it stays, and the next one goes on top of it."""
     commit_and_die(bench)

@@ -53,6 +53,7 @@ def test_a_larger_target_must_be_zero_behind_the_disk(disk: Disk, tokvm: Run, tm
     assert hex(SIZE + 4096) in done.stderr
 
 
+@pytest.mark.slow
 def test_verify_hashes_the_raw_content(disk: Disk, tokvm: Run) -> None:
     done = tokvm("image", "verify", *disk.names, "--sha256", "--json")
     assert done.returncode == 0, done.stderr

@@ -131,6 +131,7 @@ def unharmed(world: World) -> None:
     assert not world.canary.exists()
 
 
+@pytest.mark.slow
 def test_all_names_are_listed_letter_for_letter(world: World) -> None:
     assert sorted(machine.name for machine in world.source.list_machines()) == sorted(world.seen)
     unharmed(world)

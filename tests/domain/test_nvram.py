@@ -41,6 +41,7 @@ def others_view(path: Path) -> str:
 @needs_ovmf
 @needs_oracle
 @pytest.mark.parametrize("secure_boot", [False, True])
+@pytest.mark.slow
 def test_the_entry_is_what_virt_firmware_reads(tmp_path: Path, secure_boot: bool) -> None:
     path = tmp_path / "vars.fd"
     write_variables(path, template(secure_boot=secure_boot), loader=SHIM, description="web")

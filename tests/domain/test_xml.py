@@ -87,6 +87,7 @@ def test_golden(case: str, make_plan: MakePlan) -> None:
 
 
 @pytest.mark.parametrize("golden", sorted(GOLDEN.glob("*.xml")), ids=lambda path: path.stem)
+@pytest.mark.slow
 def test_every_golden_file_is_a_domain_by_libvirts_schema(golden: Path) -> None:
     verdict = validate(golden.read_text(), where=golden.name)
     if verdict is Validation.SKIPPED:

@@ -54,6 +54,7 @@ def sample(driver: bytes) -> Sample:
     return Sample(driver)
 
 
+@pytest.mark.slow
 def test_the_distributions_programs_have_the_signers_that_openssl_sees() -> None:
     files = distribution_files()
     assert len(files) >= 2
@@ -224,6 +225,7 @@ def test_a_truncated_program_is_refused(sample: Sample, cut: int) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(at=st.integers(0, 1 << 20), flip=st.integers(1, 255))
+@pytest.mark.slow
 def test_a_flipped_byte_is_refused_or_changes_nothing(sample: Sample, at: int, flip: int) -> None:
     """Nothing is left but bytes that no signature covers: the checksum, the CA's own names, unsigned attributes."""
     changed = bytearray(sample.data)

@@ -68,6 +68,7 @@ MICROCODE = pack([("kernel/x86/microcode/GenuineIntel.bin", 0o100644, b"\x01" * 
 
 
 @pytest.mark.parametrize("packing", PACKERS)
+@pytest.mark.slow
 def test_the_modules_are_found_however_it_is_packed_and_whatever_lies_around_it(packing: Packing, by_cpio: bytes) -> None:
     packed = PACKERS[packing](by_cpio)
     early = MICROCODE + bytes(-len(MICROCODE) % 512)
@@ -214,6 +215,7 @@ NAME = st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size=
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(NAME, st.binary(max_size=40)), max_size=8), st.integers(0, 9))
+@pytest.mark.slow
 def test_what_is_packed_is_read_back(entries: Iterable[tuple[str, bytes]], zeros: int) -> None:
     packed = pack([(name, 0o100644, content) for name, content in entries])
 

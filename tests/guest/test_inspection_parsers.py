@@ -34,6 +34,7 @@ def _sfdisk(path: Path, table: str) -> bytes:
     return _head(path)
 
 
+@pytest.mark.slow
 def test_a_gpt_as_sfdisk_writes_it(tmp_path: Path) -> None:
     head = _sfdisk(tmp_path / "d", "label: gpt\nsize=1MiB,type=21686148-6449-6E6F-744E-656564454649\nsize=8MiB,type=U\n,\n")
     table = parse_table(head)

@@ -221,6 +221,7 @@ CHANGES: dict[str, Callable[[Lab], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.slow
 def test_what_changed_since_the_rehearsal_is_refused_before_anything_is_written(
     change: Callable[[Lab], object], lab: Lab
 ) -> None:

@@ -416,6 +416,7 @@ def test_a_flush_that_the_kernel_fails_is_seen(when: int, place: Place) -> None:
 @pytest.mark.parametrize(
     "text", [b"", b"{", b"[]", b'{"version": 2}', b'{"version": 1, "state": "x", "disks": [], "touched": false}']
 )
+@pytest.mark.slow
 def test_a_record_that_makes_no_sense_stops_everything(text: bytes, place: Place) -> None:
     store = place.committed()
     (place.folder / NAME).write_bytes(text)

@@ -47,6 +47,7 @@ def laid_over(base: Path, disk: GuestDisk) -> bytes:
 
 
 @pytest.mark.parametrize("seed", range(4))
+@pytest.mark.slow
 def test_its_bytes_are_those_that_qemu_reads(seed: int, base: Path, tmp_path: Path) -> None:
     rng = random.Random(seed)
     disk = overlay.create(tmp_path / "over.qcow2", GuestDisk(str(base)), size=SIZE)
@@ -81,6 +82,7 @@ def test_a_trim_of_the_whole_disk_changes_nothing(base: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["nbd:h:1", 'json:{"a"}', "a,b=c", "new\nline", "'\" $(x)", "-o", "ünïcode", "fd:0"])
+@pytest.mark.slow
 def test_names_are_names(name: str, tmp_path: Path) -> None:
     base = tmp_path / name
     base.write_bytes(b"\x07" * MiB)

@@ -117,6 +117,7 @@ def test_without_a_message_the_error_comes_from_stderr(play: Maker) -> None:
         play("kill -9 $$").convert(DISKS)
 
 
+@pytest.mark.slow
 def test_at_its_deadline_all_of_it_is_killed(play: Maker, tmp_path: Path) -> None:
     """The appliance's QEMU too: an orphan would hold the overlay's lock."""
     run = play(f"say message Converting; sleep 300 & echo $! >{tmp_path}/pid; wait", deadline_s=1.0)

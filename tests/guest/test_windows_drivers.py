@@ -136,6 +136,7 @@ def test_a_hostile_file_name_never_reaches_the_guest(tree: Path, tmp_path: Path)
             first_boot.check_names([name])
 
 
+@pytest.mark.slow
 def test_scripts_are_the_same_for_every_guest_and_data_lies_beside(tree: Path, red_hat: Signing) -> None:
     """Hostile text of the guest and of certificates is in no script, and in the data only what was checked."""
     hostile = new_signing(red_hat.folder / "hostile", "/CN=$(calc) \\& '; Remove-Item C:")

@@ -49,6 +49,7 @@ def test_a_chain_reads_like_its_layers_applied_one_by_one(kit: Any, seed: int, d
 
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32), depth=st.integers(2, 5))
+@pytest.mark.slow
 def test_a_delta_chain_changes_a_copy_of_its_base(kit: Any, seed: int, depth: int) -> None:
     """The lowest layer left out, its content on the target: what the deltas name makes the whole disk of it."""
     rng = random.Random(seed)

@@ -22,6 +22,7 @@ TABLE = 2 * MiB  # what one table of sectors covers
 @pytest.mark.parametrize(
     ("size", "seed"), [(SECTOR, None), (TABLE - SECTOR, 1), (TABLE, None), (TABLE + SECTOR, 2), (2 * TABLE + 1536, None)]
 )
+@pytest.mark.slow
 def test_qemu_reads_it(tmp_path: Path, size: int, seed: int | None) -> None:
     case = random_case(size, size, longest=700)
     path, extent = write_cowd(

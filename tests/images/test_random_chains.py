@@ -125,6 +125,7 @@ def test_many_random_chains_read_as_the_model(name: str, tmp_path: Path) -> None
         check_chain(name, seed, tmp_path / "chain")
 
 
+@pytest.mark.slow
 def test_the_fast_chains_have_what_they_are_for() -> None:
     """So that a change to the histories does not quietly make the search easy."""
     for name, count in FAST.items():
@@ -155,6 +156,7 @@ def whole(content: Content) -> bytes:
     return content.read(0, content.size)
 
 
+@pytest.mark.slow
 def test_qemu_reads_the_same_bases(tmp_path: Path) -> None:
     if shutil.which("qemu-img") is None:
         pytest.skip("needs qemu-img (qemu-utils)")

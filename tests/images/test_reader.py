@@ -46,6 +46,7 @@ def test_it_is_a_disk_reader(kit: Any) -> None:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32), pool_size=st.sampled_from([512, 1000, 4096, 8192, 12288, 65536]), count=st.integers(1, 6))
+@pytest.mark.slow
 def test_any_pool_gives_the_same_bytes_and_all_buffers_back(kit: Any, seed: int, pool_size: int, count: int) -> None:
     images, content = two_layers(kit, seed)
     pool = BufferPool(count, pool_size)
@@ -71,6 +72,7 @@ def test_a_position_goes_on_exactly_behind_its_chunk(kit: Any, monkeypatch: pyte
         assert bytes(before) == content
 
 
+@pytest.mark.slow
 def test_positions_between_chunks_are_good_too(kit: Any) -> None:
     """A run may be taken up in its middle: a pass with other buffers than the last one goes on all the same."""
     images, _ = two_layers(kit, 3)

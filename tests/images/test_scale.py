@@ -84,6 +84,7 @@ def test_alternating_sectors_stay_within_bounds(kit: Any, tmp_path: Path) -> Non
     assert found["peak"] < 256 * MiB
 
 
+@pytest.mark.slow
 def test_a_delta_of_random_4_kib_writes_maps_fast(kit: Any, tmp_path: Path) -> None:
     """64 GiB, every other block touched, 12 runs in each: about 200 000 rows."""
     bits = (b"\xff" + bytes(39)) * 12 + bytes(32)

@@ -33,6 +33,7 @@ EDGES = [SECTOR, GRAIN_SIZE - SECTOR, GRAIN_SIZE, GRAIN_SIZE + SECTOR, TABLE - S
 
 @needs_qemu
 @pytest.mark.parametrize("size", EDGES)
+@pytest.mark.slow
 def test_qemu_reads_it(tmp_path: Path, size: int) -> None:
     options = SesparseOptions() if size % GRAIN_SIZE == 0 else SesparseOptions(first_grain=4090, seed=7)
     case = random_case(size, size, longest=3000, trims=True)
@@ -81,6 +82,7 @@ def words(raw: bytes, at: int, count: int) -> tuple[int, ...]:
     return struct.unpack_from(f"<{count}Q", raw, at)
 
 
+@pytest.mark.slow
 def test_tables_maps_and_grains_point_at_each_other() -> None:
     """Backmap and free bitmap, which no reader needs, against what the tables say."""
     size, first = 6 * TABLE, 4090
@@ -137,6 +139,7 @@ def test_a_disk_that_was_not_closed_is_refused_by_qemu(tmp_path: Path) -> None:
     assert "Replaying journal not supported" in qemu_refusal(path)
 
 
+@pytest.mark.slow
 def test_dissect_reads_it_where_it_can(tmp_path: Path) -> None:
     """It takes unmapped grains for the parent's, so there are none here."""
     size = 2 * TABLE + 4096

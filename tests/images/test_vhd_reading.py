@@ -36,6 +36,7 @@ def layer_of(kit: Any, raw: bytes) -> VhdLayer:
     block_size=st.sampled_from([512, 1024, 2048, 4096, 16384, 65536]),
     count=st.integers(0, 12),
 )
+@pytest.mark.slow
 def test_any_layout_of_a_dynamic_disk_reads_as_its_sectors(kit: Any, seed: int, size: int, block_size: int, count: int) -> None:
     rng = random.Random(seed)
     vhd = kit.Vhd(size, block_size=block_size, sectors=kit.random_sectors(rng, size, count), seed=seed)

@@ -105,6 +105,7 @@ def test_naive_disks_without_parent(kit: Any, tmp_path: Path, seed: int) -> None
 
 
 @pytest.mark.parametrize("seed", range(4))
+@pytest.mark.slow
 def test_naive_children(kit: Any, tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
     size = 6 * MIB
@@ -123,6 +124,7 @@ def test_naive_children(kit: Any, tmp_path: Path, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.slow
 def test_dirty_logs_as_qemu_repairs_them(kit: Any, tmp_path: Path, seed: int) -> None:
     """Pages and zeros into blocks and the BAT; QEMU replays them into a copy."""
     rng = random.Random(seed)

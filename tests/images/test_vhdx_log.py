@@ -84,6 +84,7 @@ def random_writes(rng: random.Random, count: int) -> Writes:
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32))
+@pytest.mark.slow
 def test_any_log_is_replayed_in_order_wherever_it_lies_in_the_ring(kit: Any, seed: int) -> None:
     rng = random.Random(seed)
     groups = [random_writes(rng, rng.choice((0, 1, 2, 5, 40))) for _ in range(rng.randint(1, 4))]

@@ -106,6 +106,7 @@ def test_a_log_that_cannot_be_replayed_is_refused_with_the_reason(kit: Any, case
     assert caught.value.fix
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_of_the_only_entry_is_refused(kit: Any) -> None:
     """In its header, its descriptors, its data: without that entry there is nothing to replay."""
     raw = dirty(entries([[(FREE, b"\x01" * PAGE), (FREE + MIB, PAGE)]])).build()

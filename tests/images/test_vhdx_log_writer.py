@@ -162,6 +162,7 @@ def test_logs_that_make_no_sense_are_refused(options: dict[str, Any], message: s
 
 @needs_qemu
 @pytest.mark.parametrize("name", ["dfvfs/ntfs-dynamic.vhdx", "dfvfs/fat-parent.vhdx"])
+@pytest.mark.slow
 def test_a_real_image_becomes_dirty_and_is_repaired(expand: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     try:
         real = expand(name)

@@ -230,6 +230,7 @@ def test_offsets_in_entries_without_data_are_not_looked_at(kit: Any) -> None:
 
 
 @pytest.mark.parametrize("max_rows", [1, 2, 7, 100, MAX_ROWS])
+@pytest.mark.slow
 def test_windows_are_bounded_and_together_the_whole_map(kit: Any, max_rows: int) -> None:
     rng = random.Random(max_rows)
     vhdx = random_layer(rng, 9 * MIB + 512, is_child=True)

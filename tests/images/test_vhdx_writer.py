@@ -135,6 +135,7 @@ def every_state(size: int) -> tuple[dict[str, Any], Callable[[bytes], bytes]]:
 
 @pytest.mark.parametrize("stale", [False, True])
 @pytest.mark.parametrize("seed", [None, 12])
+@pytest.mark.slow
 def test_a_child_has_every_state(tmp_path: Path, stale: bool, seed: int | None) -> None:
     """Bits under other states than PARTIALLY_PRESENT change nothing."""
     size = 9 * MiB + 2048

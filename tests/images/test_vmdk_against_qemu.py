@@ -82,6 +82,7 @@ def our_map(path: Path) -> list[tuple[int, int, ExtentKind]]:
 
 @pytest.mark.parametrize("subformat", SUBFORMATS)
 @pytest.mark.parametrize("size", [1 * MiB + 1536, 64 * KiB, 4 * MiB])
+@pytest.mark.slow
 def test_what_qemu_writes(kit: Any, tmp_path: Path, subformat: str, size: int) -> None:
     raw = some_disk(random.Random(size), size)
     (tmp_path / "disk.raw").write_bytes(raw)

@@ -208,6 +208,7 @@ def attempt_text(kit: Any) -> Callable[[bytes], str]:
     return tried
 
 
+@pytest.mark.slow
 def test_some_hundred_mutants_of_descriptors(kit: Any) -> None:
     outcomes = run_mutants(TEXTS, mutate_text, attempt_text(kit), seed=1, count=1000)
     assert outcomes["refused"] > 200

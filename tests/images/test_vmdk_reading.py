@@ -88,6 +88,7 @@ def test_content_is_what_was_written(kit: Any, kind: str, sectors: int, seed: in
 
 @settings(**SOME)  # type: ignore[arg-type]
 @given(kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=4), seed=st.integers(0, 2**32), grow=st.booleans())
+@pytest.mark.slow
 def test_chains_of_any_kinds(kit: Any, kinds: list[str], seed: int, grow: bool) -> None:
     rng = random.Random(seed)
     size, content, layers, parent = rng.randrange(1, 80) * SECTOR, b"", [], "ffffffff"
@@ -108,6 +109,7 @@ def all_covered(layers: list[Layer]) -> bool:
 
 @settings(**SOME)  # type: ignore[arg-type]
 @given(kind=st.sampled_from(KINDS), seed=st.integers(0, 2**32), max_rows=st.integers(1, 9))
+@pytest.mark.slow
 def test_small_windows_say_the_same_as_one_large_one(kit: Any, kind: str, seed: int, max_rows: int) -> None:
     found = layer(kit, naive(kind, 300 * SECTOR, seed))
     whole = found.window(0, found.size)
@@ -136,6 +138,7 @@ def test_any_window_is_a_part_of_the_whole(kit: Any, kind: str, seed: int, start
 
 @settings(**SOME)  # type: ignore[arg-type]
 @given(seed=st.integers(0, 2**32), max_rows=st.sampled_from([1, 2, 5, 1000]))
+@pytest.mark.slow
 def test_extents_lie_side_by_side(kit: Any, seed: int, max_rows: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     rng = random.Random(seed)
     lines, files, content = [], {}, b""
@@ -293,6 +296,7 @@ def test_neighbouring_compressed_grains_are_one_row_and_one_read(kit: Any) -> No
     assert found.file.locate(0) == ("stream.vmdk", None)
 
 
+@pytest.mark.slow
 def test_opening_a_compressed_disk_reads_no_grain(kit: Any) -> None:
     disk = NaiveSparse(3000 * 4096, {n: os.urandom(4096) for n in range(3000)}, kind="stream")
     packed = CountingFile(kit.File(disk.build(), "stream.vmdk"))

@@ -43,6 +43,7 @@ def scattered_sesparse(path: Path, *, size: int, tables: int, per_table: int) ->
     return path
 
 
+@pytest.mark.slow
 def test_62_tebibytes_with_scattered_grains_map_at_once(tmp_path: Path) -> None:
     """300 000 grains of 4 KiB in 300 tables."""
     found = probe(scattered_sesparse(tmp_path / "delta.vmdk", size=62 * TiB, tables=300, per_table=1000))

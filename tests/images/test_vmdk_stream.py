@@ -74,6 +74,7 @@ def test_nothing_is_covered_so_the_target_is_zeroed_first(kit: Any) -> None:
     shuffled=st.booleans(),
     order=st.sampled_from(["between", "last"]),
 )
+@pytest.mark.slow
 def test_it_says_the_same_as_random_access(
     kit: Any, seed: int, kind: str, sectors: int, step: int, pool_size: int, shuffled: bool, order: str
 ) -> None:

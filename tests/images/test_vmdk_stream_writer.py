@@ -59,6 +59,7 @@ def test_qemu_reads_it(tmp_path: Path, tables: Tables, seed: int | None, level: 
 
 @needs_qemu
 @pytest.mark.parametrize(("size", "short"), [*((size, True) for size in EDGES), (SECTOR, False), (4 * MiB + SECTOR, False)])
+@pytest.mark.slow
 def test_qemu_reads_disks_of_any_size(tmp_path: Path, size: int, short: bool) -> None:
     case = random_case(size, size, longest=1000)
     options = StreamOptions(SMALL, level=1, short_last_grain=short)
@@ -84,6 +85,7 @@ def test_dissect_reads_grains_that_have_only_their_size(tmp_path: Path) -> None:
 
 
 @needs_qemu
+@pytest.mark.slow
 def test_qemu_reads_grains_that_have_no_header(tmp_path: Path) -> None:
     case = soft_case(3, SIZE)
     options = StreamOptions(tables=Tables.FRONT, grain_header=GrainHeader.NONE, seed=4)

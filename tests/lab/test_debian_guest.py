@@ -111,6 +111,7 @@ def own_codename() -> str:
     return host_release().codename
 
 
+@pytest.mark.slow
 def test_only_the_hosts_own_release_is_asked(apt_says: Callable[[str], None]) -> None:
     name = own_codename()
     apt_says(

@@ -39,6 +39,7 @@ def test_the_disk_holds_what_boots_it(guest: GuestImage, kernel: GuestKernel) ->
     assert guest.command_line.startswith("root=UUID=")
 
 
+@pytest.mark.slow
 def test_the_file_system_is_clean(guest: GuestImage, tmp_path: Path, data_disk: Path) -> None:
     partition = tmp_path / "partition"
     partition.write_bytes(guest.disk.read_bytes()[PARTITION_OFFSET:])

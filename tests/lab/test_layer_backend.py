@@ -73,6 +73,7 @@ def test_changes_laid_over_the_older_disk_make_the_newer_one(new_vm: VmFactory, 
     assert older == disk
 
 
+@pytest.mark.slow
 def test_the_files_of_a_played_host_hold_the_guests_disk(new_vm: VmFactory, tmp_path: Path) -> None:
     """Checkpoints of the host over a VM that is off; its VHDX chain is read back by tokvm."""
     vm, noise = new_vm(), random.Random(7)

@@ -176,6 +176,7 @@ def test_the_loser_names_the_winner(tmp_path: Path) -> None:
     journal.close()
 
 
+@pytest.mark.slow
 def test_one_of_many_racing_runs_wins(tmp_path: Path) -> None:
     journal, key = begin(tmp_path)
     journal.close()
@@ -295,6 +296,7 @@ def write_much(journal: Journal, key: str) -> None:
         journal.book(key).note(f"{number}" * 500)
 
 
+@pytest.mark.slow
 def test_a_full_state_directory_is_said_to_be_full(tmp_path: Path) -> None:
     journal, key = begin(tmp_path)
     journal.read("PRAGMA max_page_count = 40")

@@ -142,6 +142,7 @@ def test_start_intent_with_the_source_on_never_starts_the_target(make_synced: Ma
 
 
 @pytest.mark.parametrize("phase", [Phase.START_INTENT, Phase.STARTED])
+@pytest.mark.slow
 def test_two_running_copies_need_a_person(make_synced: MakeSynced, phase: Phase) -> None:
     rig = stopped_at(make_synced, phase)
     world = rig.world
@@ -157,6 +158,7 @@ def test_two_running_copies_need_a_person(make_synced: MakeSynced, phase: Phase)
     assert (world.source_on, world.target_on) == (True, False)
 
 
+@pytest.mark.slow
 def test_started_off_off_starts_the_target_only(make_synced: MakeSynced) -> None:
     rig = stopped_at(make_synced, Phase.STARTED)
     rig.world.target_on = False
@@ -165,6 +167,7 @@ def test_started_off_off_starts_the_target_only(make_synced: MakeSynced) -> None
     assert not rig.world.source_on
 
 
+@pytest.mark.slow
 def test_started_with_the_source_on_and_the_target_off_needs_a_person(make_synced: MakeSynced) -> None:
     rig = stopped_at(make_synced, Phase.STARTED)
     rig.world.target_on, rig.world.fenced, rig.world.source_on = False, False, True
@@ -312,6 +315,7 @@ def test_a_downtime_predicted_too_long_stops_nothing(make_synced: MakeSynced) ->
 
 
 @pytest.mark.parametrize("call", ["shut_down", "off_evidence", "snapshot", "open_disk", "chunk"])
+@pytest.mark.slow
 def test_a_downtime_over_the_budget_rolls_back(make_synced: MakeSynced, call: str) -> None:
     rig = make_synced()
     rig.world.always = {call: Fault.STALL}

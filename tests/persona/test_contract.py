@@ -78,6 +78,7 @@ def test_the_contract_page_and_the_grammar_name_the_same_commands(request: pytes
     assert named == {rule.name for rule in RULES}
 
 
+@pytest.mark.slow
 def test_a_name_comes_back_byte_for_byte(build: Callable[..., XenHost]) -> None:
     names = ["-oProxyCommand=x", "$(id)", "a'b", "two\nlines", "a,b\\c", "ümläut", "bytes\udcff\udc80", '"', " ", "; rm"]
     host = build(*(MachineSpec(name) for name in names))

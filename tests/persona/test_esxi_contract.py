@@ -173,6 +173,7 @@ def test_a_text_without_an_end_of_line_shares_its_line_with_the_tag(build_esxi: 
     assert host.run(f"cat {folder}/tokvm.json; echo {TAG} $?").stdout == f"{{}}{TAG} 0\n"
 
 
+@pytest.mark.slow
 def test_the_first_claim_wins(build_esxi: BuildEsxi) -> None:
     host = build_esxi()
     owner = f"{host.directory('web')}/tokvm-owner"

@@ -130,6 +130,7 @@ def test_a_running_vms_layers_bear_one_cid_until_they_are_closed(build_esxi: Bui
 
 @pytest.mark.parametrize("running", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("which", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_removing_any_snapshot_loses_nothing(build_esxi: BuildEsxi, which: int, running: bool) -> None:
     host = one_machine(build_esxi, running=running)
     rng = random.Random(which)
@@ -202,6 +203,7 @@ def test_a_freed_name_is_given_to_the_next_delta(build_esxi: BuildEsxi) -> None:
     assert [Path(path).name for path in host.chain("web")] == ["web-000001.vmdk", "web-000002.vmdk", "web.vmdk"]
 
 
+@pytest.mark.slow
 def test_a_clone_is_the_disk_as_it_was_frozen(build_esxi: BuildEsxi) -> None:
     host = one_machine(build_esxi)
     scribble(host, random.Random(4))

@@ -63,6 +63,7 @@ def readable(host: EsxHost, client: SftpClient) -> dict[str, bool]:
     return found
 
 
+@pytest.mark.slow
 def test_the_lock_matrix(host: EsxHost) -> None:
     with sftp(host) as client:
         assert list(readable(host, client).values()) == [False]
@@ -76,6 +77,7 @@ def test_the_lock_matrix(host: EsxHost) -> None:
 
 
 @pytest.mark.parametrize(("kind", "clones"), [("files", True), pytest.param("all", False, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_build_that_keeps_the_base_locked(build_esxi: BuildEsxi, kind: str, clones: bool) -> None:
     """ESXi 7.0U1c kept it from everybody; elsewhere vmkfstools gets what dd does not."""
     host = build_esxi(MachineSpec(NAME, disks=[DiskSpec(4 * MiB)]), base_stays_locked=kind)

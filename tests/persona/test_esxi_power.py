@@ -178,6 +178,7 @@ def test_values_with_quotes_and_lines_are_escaped_in_vmx_and_vmsd(build_esxi: Bu
     assert 'annotation = "a "b" | #c\nd\tü"' in host.ask("vim-cmd", "vmsvc/get.summary", 1).stdout
 
 
+@pytest.mark.slow
 def test_making_and_removing_take_their_time(build_esxi: BuildEsxi) -> None:
     host = build_esxi(small(), create_s=60.0, merge_s=60.0)
     assert host.vim("vmsvc/snapshot.create", 1, "tokvm-a-1", "tokvm", 0, 0).stdout == "Create Snapshot:\n"
@@ -225,6 +226,7 @@ def test_a_revert_goes_back_to_the_snapshots_bytes(build_esxi: BuildEsxi) -> Non
 # Moving
 
 
+@pytest.mark.slow
 def test_a_vm_that_is_away_is_not_found_and_comes_back_under_another_number(build_esxi: BuildEsxi) -> None:
     host = build_esxi(small(), small("db"))
     host.vmotion_away("web")
@@ -274,6 +276,7 @@ def test_a_merge_that_a_restart_interrupts_leaves_work_to_do(build_esxi: BuildEs
 # Faults
 
 
+@pytest.mark.slow
 def test_a_lost_reply_was_done_and_a_drop_was_not(build_esxi: BuildEsxi, ssh: SSH) -> None:
     host = build_esxi(small())
     host.fault("snapshot.create", "drop")

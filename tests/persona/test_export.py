@@ -70,6 +70,7 @@ def test_a_base_and_its_deltas_make_the_frozen_disk(host: XenHost, tmp_path: Pat
     assert assembled(tmp_path, *streams) == host.frozen_path(taken, disk).read_bytes()
 
 
+@pytest.mark.slow
 def test_what_became_zero_is_data_of_the_delta(host: XenHost, tmp_path: Path) -> None:
     host.write_disk("web", offset=MiB, data=b"x" * 8192)
     _, base = snapshot(host, 1)
@@ -79,6 +80,7 @@ def test_what_became_zero_is_data_of_the_delta(host: XenHost, tmp_path: Path) ->
     assert assembled(tmp_path, *streams) == host.frozen_path(taken).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_stream_has_the_shape_and_the_ids_of_xapis(host: XenHost) -> None:
     scribble(host, seed=1)
     _, base = snapshot(host, 1)
@@ -110,6 +112,7 @@ def test_two_exports_of_the_same_are_the_same(host: XenHost) -> None:
     assert export(host, vdi).stdout == export(host, vdi).stdout
 
 
+@pytest.mark.slow
 def test_a_running_disk_a_lost_base_and_a_foreign_base_are_refused(host: XenHost) -> None:
     _, vdi = snapshot(host, 1)
     _, other = snapshot(host, 2, disk=1)
@@ -120,6 +123,7 @@ def test_a_running_disk_a_lost_base_and_a_foreign_base_are_refused(host: XenHost
     assert b"incompatible" in export(host, vdi, other).stderr
 
 
+@pytest.mark.slow
 def test_snapshots_have_new_uuids_and_know_where_they_come_from(host: XenHost) -> None:
     taken, vdi = snapshot(host, 1)
     again, other = snapshot(host, 1)
@@ -140,6 +144,7 @@ def test_a_snapshot_goes_with_its_disks(host: XenHost) -> None:
     assert not host.folder.joinpath("backend", host.uuid("web"), "frozen", taken).exists()
 
 
+@pytest.mark.slow
 def test_a_disk_in_use_outlives_its_snapshot_and_is_destroyed_later(build: Callable[..., XenHost]) -> None:
     host = build(in_use_s=0.5)
     taken, vdi = snapshot(host, 1)
@@ -213,6 +218,7 @@ def test_fault_new_identity_invents_another_uuid_each_time(host: XenHost) -> Non
 
 
 @pytest.mark.parametrize(("kind", "type_", "right_parent"), [("wrong_parent", 4, False), ("full", 3, False)])
+@pytest.mark.slow
 def test_faults_of_a_delta(host: XenHost, kind: str, type_: int, right_parent: bool) -> None:
     _, base = snapshot(host, 1)
     scribble(host, seed=2)
@@ -225,6 +231,7 @@ def test_faults_of_a_delta(host: XenHost, kind: str, type_: int, right_parent: b
     assert (str(parent) == base) is right_parent
 
 
+@pytest.mark.slow
 def test_fault_stall_sends_some_and_then_nothing_but_stays(host: XenHost) -> None:
     scribble(host, seed=3)
     _, vdi = snapshot(host, 1)
@@ -245,6 +252,7 @@ def test_fault_stall_sends_some_and_then_nothing_but_stays(host: XenHost) -> Non
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_fault_cut_breaks_the_connection(host: XenHost, ssh: Ssh) -> None:
     scribble(host, seed=3)
     _, vdi = snapshot(host, 1)
@@ -254,6 +262,7 @@ def test_fault_cut_breaks_the_connection(host: XenHost, ssh: Ssh) -> None:
     assert len(done.stdout) <= 50_000
 
 
+@pytest.mark.slow
 def test_fault_slow_keeps_to_its_rate(host: XenHost) -> None:
     scribble(host, seed=3)
     _, vdi = snapshot(host, 1)

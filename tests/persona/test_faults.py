@@ -57,6 +57,7 @@ def test_a_refusal_has_xes_text(host: XenHost) -> None:
     assert read.stderr.startswith(b"Error code: SR_BACKEND_FAILURE_46\n")
 
 
+@pytest.mark.slow
 def test_a_hanging_command_ends_with_its_client(host: XenHost, ssh: Ssh) -> None:
     host.fault("vm-snapshot", "hang")
     with pytest.raises(subprocess.TimeoutExpired):

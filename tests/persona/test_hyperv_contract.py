@@ -45,6 +45,7 @@ def test_every_script_of_the_package_is_played_and_on_the_page() -> None:
     assert {name for name in shipped if f"**{name}**" in PAGE.read_text("utf-8")} == shipped
 
 
+@pytest.mark.slow
 def test_every_script_that_is_about_a_vm_knows_when_there_is_none(build_hyperv: BuildHyperV) -> None:
     host = build_hyperv(MachineSpec("web"))
     for name in sorted(set(scripts.ACTS) - {"list", "leftovers", "ping"}):

@@ -182,6 +182,7 @@ def test_a_host_that_crashed_leaves_a_log_to_replay(build_hyperv: BuildHyperV) -
         *(pytest.param(which, on, marks=pytest.mark.slow) for which, on in ((0, True), (2, True), (0, False), (2, False))),
     ],
 )
+@pytest.mark.slow
 def test_a_deleted_checkpoint_is_merged_into_its_parent(build_hyperv: BuildHyperV, which: int, running: bool) -> None:
     host = one_machine(build_hyperv, running=running, merge_s=30)
     rng = random.Random(which)

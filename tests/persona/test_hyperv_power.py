@@ -33,6 +33,7 @@ def test_a_guest_that_obeys_is_off_in_its_own_time(build_hyperv: BuildHyperV) ->
     assert host.starts_and_stops("web") == [("on", "a person"), ("off", "the guest stopped")]
 
 
+@pytest.mark.slow
 def test_a_guest_that_ignores_us_runs_until_its_power_is_cut(build_hyperv: BuildHyperV) -> None:
     host = build(build_hyperv, ignores_shutdown=True)
     assert ask(host, "shutdown", ask=True, wait=0.2) == {"answer": 0, "state": 2}
@@ -140,6 +141,7 @@ def test_a_type_that_was_not_asked_for_is_not_made_of_a_running_vm(build_hyperv:
     assert ask(host, "checkpoint", mark="tokvm-2", types=TYPES)["checkpoints"] == []
 
 
+@pytest.mark.slow
 def test_only_what_bears_the_name_is_removed(build_hyperv: BuildHyperV) -> None:
     host = build(build_hyperv)
     (made,) = ask(host, "checkpoint", mark="tokvm-1", types=TYPES)["checkpoints"]
@@ -160,6 +162,7 @@ def test_automatic_checkpoints_come_with_every_start(build_hyperv: BuildHyperV) 
     assert len(host.checkpoints("web")) == 2
 
 
+@pytest.mark.slow
 def test_while_disks_merge_no_checkpoint_is_made(build_hyperv: BuildHyperV) -> None:
     host = build_hyperv(MachineSpec("web", disks=[DiskSpec(MiB)]), merge_s=30)
     (made,) = ask(host, "checkpoint", mark="tokvm-1", types=TYPES)["checkpoints"]

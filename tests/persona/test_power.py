@@ -43,6 +43,7 @@ def machine(**more: object) -> MachineSpec:
     return MachineSpec("web", disks=[DiskSpec(1 << 20)], **more)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_clean_shutdown_blocks_until_the_guest_is_off(build: Build) -> None:
     host = build(machine(shutdown_s=0.4))
     began = time.monotonic()
@@ -61,6 +62,7 @@ def test_off_twice_and_on_twice_are_refused(host: XenHost) -> None:
     assert host.power_events("web") == [("on", "vm-start"), ("off", "clean_shutdown"), ("on", "vm-start")]
 
 
+@pytest.mark.slow
 def test_a_shutdown_is_in_hand_while_the_guest_takes_its_time(build: Build) -> None:
     host = build(machine(shutdown_s=0.8))
     waiting = threading.Thread(target=shut_down, args=(host,))
@@ -72,6 +74,7 @@ def test_a_shutdown_is_in_hand_while_the_guest_takes_its_time(build: Build) -> N
     assert get(host, "current-operations") == ""
 
 
+@pytest.mark.slow
 def test_a_guest_that_ignores_the_request_stays_on_and_can_be_cut_off(build: Build) -> None:
     host = build(machine(ignores_shutdown=True), clean_timeout_s=0.3)
     answer = shut_down(host)
@@ -93,6 +96,7 @@ def test_force_ends_a_clean_shutdown_that_hangs(build: Build) -> None:
     wait_for(lambda: get(host, "current-operations") == "")
 
 
+@pytest.mark.slow
 def test_a_power_off_lands_after_its_client_has_gone(host: XenHost, ssh: Ssh) -> None:
     host.fault("vm-shutdown", "late", seconds=0.6)
     assert ssh(host, f"xe vm-shutdown uuid={host.uuid('web')}").returncode == 255
@@ -109,6 +113,7 @@ def test_a_late_power_off_may_be_hidden(host: XenHost) -> None:
     wait_for(lambda: get(host, "power-state") == "halted")
 
 
+@pytest.mark.slow
 def test_a_blocked_start_is_refused_until_it_is_unblocked(host: XenHost) -> None:
     shut_down(host)
     block(host)
@@ -133,6 +138,7 @@ def test_ha_starts_a_protected_vm_again_whoever_stopped_it(build: Build) -> None
 
 
 @pytest.mark.parametrize("fence", ["blocked", "priority cleared"])
+@pytest.mark.slow
 def test_ha_leaves_a_fenced_vm_alone(build: Build, fence: str) -> None:
     host = build(machine(ha_priority="restart"), ha_delay_s=0.0)
     if fence == "blocked":

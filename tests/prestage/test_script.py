@@ -70,6 +70,7 @@ def test_a_look_changes_nothing(guest: GuestTree) -> None:
     assert content(guest) == before
 
 
+@pytest.mark.slow
 def test_where_each_driver_is(guest: GuestTree) -> None:
     guest.kernel("6.2", builtin="virtio_pci virtio_blk", has="virtio_scsi")
     guest.write("lib/modules/5.0/modules.dep", "kernel/ext4.ko:\n")
@@ -90,12 +91,14 @@ def test_an_initramfs_is_found_under_every_name_that_inspection_knows(dash_guest
     assert {one.version: one.initrd for one in run(dash_guest, Task.LOOK).before}["V1"] == f"/{name}"
 
 
+@pytest.mark.slow
 def test_arch_names_its_initramfs_after_the_package(guest: GuestTree) -> None:
     guest.kernel("6.9.1-arch1-1", "boot/initramfs-linux.img")
     guest.write("lib/modules/6.9.1-arch1-1/pkgbase", "linux\n")
     assert {one.initrd for one in run(guest, Task.LOOK).before} >= {"/boot/initramfs-linux.img"}
 
 
+@pytest.mark.slow
 def test_what_is_signed_unified_or_broken_is_said(guest: GuestTree) -> None:
     guest.kernel("6.2")
     guest.write("boot/initrd.img-6.2.sig", "x")
@@ -129,6 +132,7 @@ def test_a_rebuild_that_fails_leaves_the_configuration_as_it_was(make_guest: Mak
         assert (text, stat.st_mode, stat.st_mtime_ns, stat.st_ino) == (old_text, old.st_mode, old.st_mtime_ns, old.st_ino)
 
 
+@pytest.mark.slow
 def test_a_rebuild_that_only_says_that_it_went_well_is_not_believed(guest: GuestTree) -> None:
     old = guest.read(MODULES)
     guest.program("update-initramfs", "echo 'WARNING: /boot is ro-mounted; not updating'\n")

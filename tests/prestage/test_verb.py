@@ -67,6 +67,7 @@ def setting(tmp_path: Path, dash_guest: GuestTree, logs_into: Login) -> Iterator
         yield Setting(journal, dash_guest, logs_into(dash_guest), Heard())
 
 
+@pytest.mark.slow
 def test_a_guest_is_prestaged_once_and_the_journal_tells_it(setting: Setting) -> None:
     begin(setting.journal, "02:16:3e:00:00:99", MAC.upper())
     document = setting.run()

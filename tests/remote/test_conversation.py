@@ -115,6 +115,7 @@ def test_a_command_that_never_stops_talking_is_stopped(host: SshHost, monkeypatc
     talk.close()
 
 
+@pytest.mark.slow
 def test_a_connection_that_breaks_in_between_is_a_lost_connection(
     make_server: Callable[..., Any], open_host: Callable[..., SshHost]
 ) -> None:

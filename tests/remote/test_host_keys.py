@@ -35,6 +35,7 @@ def new_host_key(server: Any) -> None:
     server.start()
 
 
+@pytest.mark.slow
 def test_an_unknown_key_is_refused_with_its_fingerprint(
     shared_server: Any, open_host: OpenHost, tmp_path: Path, attempt: Attempt
 ) -> None:

@@ -114,6 +114,7 @@ def test_of_a_stream_its_size_and_its_end_are_written(host: RecordedHost, record
     assert "QQQQ" not in recorder.path.read_text()
 
 
+@pytest.mark.slow
 def test_streams_that_end_badly_say_how(host: RecordedHost, recorder: Recorder) -> None:
     failing = host.stream("echo x; echo why >&2; exit 4")
     drain(failing)
@@ -205,6 +206,7 @@ SECRETS = {
 }
 
 
+@pytest.mark.slow
 def test_no_canary_is_in_a_transcript(shared_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     s = SECRETS
     monkeypatch.setenv("VSPHERE_PASSWORD", s["environment"])

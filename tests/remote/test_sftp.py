@@ -178,6 +178,7 @@ def test_closing_ends_a_read_in_another_thread(fake_client: Callable[..., SftpCl
 
 
 @pytest.mark.parametrize("cap", [10_000, 64 * KiB])
+@pytest.mark.slow
 def test_short_reads_are_asked_for_again(fake_client: Callable[..., SftpClient], path: str, content: bytes, cap: int) -> None:
     with fake_client(cap=cap) as sftp:
         file = sftp.open(path)
@@ -200,6 +201,7 @@ def test_a_server_without_limits_is_asked_for_32_kib(fake_client: Callable[..., 
 
 
 @pytest.mark.parametrize(("limits", "read_size"), [(0, 32 * KiB), (1, 4 * KiB), (2**64 - 1, 255 * KiB)])
+@pytest.mark.slow
 def test_limits_are_believed_within_reason(
     fake_client: Callable[..., SftpClient], path: str, limits: int, read_size: int
 ) -> None:
@@ -245,6 +247,7 @@ def test_a_count_of_names_is_checked_before_it_is_believed(fake_client: Callable
 @pytest.mark.parametrize(
     "faults", [{"greeting": "Welcome to the machine! Your sins are logged.\n"}, {"version": 2}, {"greeting": "\xff" * 20}]
 )
+@pytest.mark.slow
 def test_what_is_no_sftp_is_refused_at_the_greeting(fake_client: Callable[..., SftpClient], faults: dict[str, object]) -> None:
     with pytest.raises(SourceError, match="not the SFTP protocol"):
         fake_client(**faults)
@@ -259,6 +262,7 @@ def test_a_server_that_dies_is_a_lost_connection(fake_client: Callable[..., Sftp
             file.read_into(0, memoryview(bytearray(1)))
 
 
+@pytest.mark.slow
 def test_silence_is_a_lost_connection_at_the_deadline(fake_client: Callable[..., SftpClient], path: str) -> None:
     with fake_client(deadline_s=0.5, stall_after=MiB) as sftp:
         file = sftp.open(path)
@@ -268,6 +272,7 @@ def test_silence_is_a_lost_connection_at_the_deadline(fake_client: Callable[...,
         assert 0.4 < time.monotonic() - began < 3
 
 
+@pytest.mark.slow
 def test_a_stopped_sftp_server_is_a_lost_connection_though_sshd_answers(
     make_server: Callable[..., Any], open_host: OpenHost, path: str
 ) -> None:

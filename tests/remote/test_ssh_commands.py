@@ -99,6 +99,7 @@ def test_hostile_arguments_arrive_byte_for_byte(host: SshHost, argv_of: list[str
     assert done.stdout.split(b"\0") == [os.fsencode(argument) for argument in arguments]
 
 
+@pytest.mark.slow
 def test_a_hostile_command_line_is_only_a_command(host: SshHost) -> None:
     for name in filter(str.strip, HOSTILE):
         with pytest.raises(SourceError):
@@ -188,6 +189,7 @@ def test_a_control_connection_that_died_is_made_again(
     assert host.run(["echo", "again"]).stdout == b"again\n"
 
 
+@pytest.mark.slow
 def test_a_session_killed_in_the_middle_of_a_command_is_a_lost_connection(
     make_server: Callable[..., Any], open_host: Callable[..., SshHost]
 ) -> None:
@@ -215,6 +217,7 @@ def test_a_host_that_is_not_there_is_a_lost_connection(shared_server: Any, open_
             host.run(["true"])
 
 
+@pytest.mark.slow
 def test_a_host_that_accepts_and_says_nothing_is_a_lost_connection(
     shared_server: Any, open_host: Callable[..., SshHost]
 ) -> None:
@@ -265,6 +268,7 @@ def test_nothing_secret_and_no_password_prompt_is_on_the_command_line(host: SshH
     assert not any(b"assword" in argument for argument in argv)
 
 
+@pytest.mark.slow
 def test_the_connections_die_with_us_even_by_kill_9(make_server: Callable[..., Any], eventually: Callable[..., None]) -> None:
     server = make_server()
     script = f"""

@@ -119,6 +119,7 @@ def test_a_path_that_ssh_would_expand_is_refused() -> None:
 @pytest.mark.parametrize("shell", [["dash"], ["bash"], ["busybox", "ash"]])
 @settings(max_examples=40, deadline=None)
 @given(args=st.lists(ANYTHING, max_size=6))
+@pytest.mark.slow
 def test_quoted_arguments_come_out_of_a_shell_byte_for_byte(shell: list[str], args: list[str]) -> None:
     line = command_bytes(quote(["printf", "[%s]", "x", *args]))
     done = subprocess.run([*shell, "-c", line], capture_output=True, check=True)

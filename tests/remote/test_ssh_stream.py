@@ -155,6 +155,7 @@ def test_closing_in_the_middle_ends_the_remote_command(
     eventually(lambda: not server.processes("cat"))
 
 
+@pytest.mark.slow
 def test_data_has_its_own_connection(make_server: Callable[..., Any], open_host: OpenHost) -> None:
     server = make_server()
     host = open_host(server)

@@ -87,6 +87,7 @@ def test_the_file_that_the_vm_writes_is_never_opened_and_no_handle_is_left(froze
     assert frozen.server.handles == []
 
 
+@pytest.mark.slow
 def test_the_fingerprint_is_the_same_for_the_same_layers_only(frozen: Frozen) -> None:
     def fingerprint(at: int, since: int | None = None) -> str:
         before = None if since is None else frozen.marks[since]
@@ -163,6 +164,7 @@ def test_real_damage_stays_damage(frozen: Frozen) -> None:
         contents(reader)
 
 
+@pytest.mark.slow
 def test_after_a_long_pass_the_host_is_asked_for_the_chain_again(frozen: Frozen, monkeypatch: pytest.MonkeyPatch) -> None:
     frozen.read(2)
     assert len(frozen.shell.sent("layers")) == 1

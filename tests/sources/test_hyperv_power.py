@@ -134,6 +134,7 @@ def test_a_paused_or_saved_vm_is_not_off(shell: FakeShell, source: HyperVSource,
     assert shell.sent("turn-off") == []
 
 
+@pytest.mark.slow
 def test_a_guest_that_ignores_us_loses_its_power_only_when_forced(shell: FakeShell, source: HyperVSource) -> None:
     shell.vm.obeys = False
     with pytest.raises(NotOff, match=r"within 0\.2 s"):

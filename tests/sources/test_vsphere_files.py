@@ -173,12 +173,14 @@ def test_a_file_that_ends_before_a_read_says_so_without_asking(server: Server, f
     assert len(server.requests) == before
 
 
+@pytest.mark.slow
 def test_connections_are_used_again(server: Server, file: FolderFile) -> None:
     for _ in range(20):
         read(file, 0, 512)
     assert server.connections == 1
 
 
+@pytest.mark.slow
 def test_many_threads_read_at_once(server: Server, file: FolderFile) -> None:
     wrong: list[int] = []
 

@@ -89,6 +89,7 @@ def test_force_cuts_the_power_at_the_deadline(host: ScriptedHost, source: XenSer
 
 
 @pytest.mark.parametrize("answer", [LOST, refusal("Error code: INTERNAL_ERROR"), ""])
+@pytest.mark.slow
 def test_a_cut_that_does_not_take_is_not_called_off(
     host: ScriptedHost, source: XenServerSource, answer: Exception | str
 ) -> None:

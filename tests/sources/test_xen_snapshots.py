@@ -113,6 +113,7 @@ def test_another_operation_in_the_way_is_waited_out(host: ScriptedHost, source: 
 
 
 @pytest.mark.parametrize("mark", ["", "nightly", "tokvm-", "tokvm-a b", "tokvm-a\n", "-tokvm-a", "tokvm-$(id)"])
+@pytest.mark.slow
 def test_a_mark_that_is_not_ours_is_refused(source: XenServerSource, mark: str) -> None:
     with pytest.raises(UsageError, match="mark"):
         source.snapshot(source.inspect(VM), mark)

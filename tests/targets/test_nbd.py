@@ -93,6 +93,7 @@ def no_direct(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 1, 512, 65535])
+@pytest.mark.slow
 def test_any_offset_and_length_lands_exactly(offset: int, disk: Path, take: Callable[..., NbdTarget]) -> None:
     """Against a byte model, over page-aligned, askew and read-only memory."""
     writer = take(disk)
@@ -133,6 +134,7 @@ def test_zeroed_ranges_read_as_zeros_and_whole_clusters_are_given_back(disk: Pat
     assert (full - disk.stat().st_blocks) * 512 > MiB
 
 
+@pytest.mark.slow
 def test_a_hole_larger_than_one_request_and_a_write_larger_than_one(disk: Path, take: Callable[..., NbdTarget]) -> None:
     size = 5 << 30
     writer = take(disk, size)
@@ -295,6 +297,7 @@ def fill(writer: DiskWriter, stop: int) -> None:
 
 @pytest.mark.root
 @pytest.mark.parametrize("cache", ["none", "writeback"])
+@pytest.mark.slow
 def test_a_full_filesystem_is_reported_and_after_making_room_it_goes_on(
     cache: str, small: Path, take: Callable[..., NbdTarget], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -450,6 +453,7 @@ def test_a_base_vhd_in_a_qcow2_compares_equal_for_qemu(tmp_path: Path, disk: Pat
     assert (done.returncode, done.stdout) == (0, "Images are identical.\n"), done.stderr
 
 
+@pytest.mark.slow
 def test_delta_passes_over_reopened_targets_leave_no_trace_of_the_old(
     tmp_path: Path, disk: Path, take: Callable[..., NbdTarget]
 ) -> None:

@@ -267,6 +267,7 @@ def test_a_file_taken_over_by_consent_is_no_longer_the_earlier_owners(disk: Path
     ],
     ids=["backing-file", "external-data", "corrupt", "snapshot", "encrypted", "clusters", "version-2", "other"],
 )
+@pytest.mark.slow
 def test_our_file_with_another_header_is_kept_away_from_qemu(disk: Path, file_offset: int, patch: bytes, says: str) -> None:
     """Somebody rebased it or put a hostile header into it: QEMU would open whatever path it names."""
     identity = written(disk)
@@ -425,6 +426,7 @@ def test_a_missing_program_is_named_and_nothing_is_made(disk: Path, monkeypatch:
     assert not disk.exists()
 
 
+@pytest.mark.slow
 def test_read_back_for_verification_checks_identity_and_writes_nothing(disk: Path, tmp_path: Path, fingerprint: Sha) -> None:
     identity = written(disk)
     before = fingerprint(str(disk))

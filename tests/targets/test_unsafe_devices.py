@@ -95,6 +95,7 @@ def test_force_with_the_right_size_is_consent(confirm: str, loop: LoopMaker, fin
     assert fingerprint(device) == before
 
 
+@pytest.mark.slow
 def test_a_real_filesystem_and_a_real_partition_table_are_refused(loop: LoopMaker, fingerprint: Sha) -> None:
     filesystem, table, swap = loop(), loop(), loop()
     subprocess.run(["mkfs.ext4", "-q", filesystem], check=True)
@@ -215,6 +216,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
     ],
     ids=["writer", "flock", "ofd-lock"],
 )
+@pytest.mark.slow
 def test_a_device_in_another_programs_hands_is_refused(
     code: str, message: str, loop: LoopMaker, fingerprint: Sha, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,6 +126,7 @@ def test_killed_anywhere_the_next_run_finishes_byte_identical(
     assert killed >= len(points) // 2
 
 
+@pytest.mark.slow
 def test_killed_twice(model: Model, reader_of: Any, tmp_path: Path) -> None:
     content, extents = model
     for first, second in [(3, 2), (9, 9), (20, 3), (31, 12), (40, 1)]:

@@ -37,6 +37,7 @@ def copy(
     return run_pass(reader, writer, state=state, resume=resume, **options)
 
 
+@pytest.mark.slow
 def test_a_base_pass_leaves_nothing_of_what_the_target_held(model: Model, reader_of: Any, dirty: Any, target: Any) -> None:
     content, extents = model
     path = dirty(len(content))
