@@ -139,16 +139,33 @@ class Appliance:
             size = int(self.g.filesize(path))
             if size > limit:
                 raise GuestError(f"{path!r} has {size} bytes, more than the {limit} allowed", where=self.where)
-            return self._download(path, size)  # read_file takes ten times as long where the appliance is emulated
+        return self.read_between(path, 0, size)  # read_file takes ten times as long where the appliance is emulated
+
+    def read_between(self, path: str, start: int, end: int) -> bytes:
+        """Bytes of a guest's file; GuestError when it has not so many."""
+        parts, at = [], start
+        with self.translated(f"cannot read {path!r}"):
+            while at < end:
+                part = bytes(self.g.pread(path, min(PIECE, end - at), at))
+                if not part:
+                    raise GuestError(f"{path!r} ended at {at} of {end} bytes", where=self.where)
+                parts.append(part)
+                at += len(part)
+        return b"".join(parts)
 
     def write(self, path: str, content: bytes) -> None:
         """A guest's file, new or over the old one. libguestfs' `upload` and `tar_in` send 8 KiB at a time: in an emulated
         appliance 10 MiB took them 9 s of CPU, and half of that as it is done here."""
         with self.translated(f"cannot write {path!r}"):
             self.g.write(path, content[:PIECE])
-            at = PIECE
+        self.write_at(path, content[PIECE:], PIECE)
+
+    def write_at(self, path: str, content: bytes, offset: int) -> None:
+        """Into a guest's file that is there; beyond its end it grows."""
+        at = 0
+        with self.translated(f"cannot write {path!r}"):
             while at < len(content):
-                at += int(self.g.pwrite(path, content[at : at + PIECE], at))
+                at += int(self.g.pwrite(path, content[at : at + PIECE], offset + at))
 
     def close(self) -> None:
         """Unmount, flush and power off. GuestError when what was written may not be on the disks."""
@@ -174,16 +191,6 @@ class Appliance:
             yield
         except RuntimeError as failed:
             raise GuestError(f"{what}: {self._why(failed)}", where=self.where) from failed
-
-    def _download(self, path: str, size: int) -> bytes:
-        parts, at = [], 0
-        while at < size:
-            part = bytes(self.g.pread(path, min(PIECE, size - at), at))
-            if not part:
-                raise GuestError(f"{path!r} ended at {at} of {size} bytes", where=self.where)
-            parts.append(part)
-            at += len(part)
-        return b"".join(parts)
 
     def _why(self, failed: RuntimeError) -> str:
         return "it did not end within its deadline and was killed" if self._overdue else _one_line(failed)

@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 
 SMALL_FILE = 256 * KiB
 SPARE = 1 * MiB
-CHUNK = 2 * MiB  # libguestfs' messages end at 4 MiB
 MODULES_FILE = "/etc/initramfs-tools/modules"
 _DRIVERS = (BUS, *DISKS)
 _SNIPPETS = {
@@ -202,17 +201,9 @@ def _has_segment(appliance: Appliance, one: PlannedInitrd) -> bool:
     size, mtime_ns = stamp(appliance, one.path)
     if (size, mtime_ns) == (one.size, one.mtime_ns):
         return False
-    if size == one.new_size and sha256(_tail(appliance, one)) == one.segment_sha256:
+    if size == one.new_size and sha256(appliance.read_between(one.path, one.offset, one.new_size)) == one.segment_sha256:
         return True
     raise _changed(f"{size} bytes of {mtime_ns} ns, not {one.size} of {one.mtime_ns}", one.path)
-
-
-def _tail(appliance: Appliance, one: PlannedInitrd) -> bytes:
-    with appliance.translated(f"cannot read {one.path!r}"):
-        return b"".join(
-            bytes(appliance.g.pread(one.path, min(CHUNK, one.new_size - at), at))
-            for at in range(one.offset, one.new_size, CHUNK)
-        )
 
 
 def _has_content(appliance: Appliance, file: PlannedFile) -> bool:
@@ -249,19 +240,16 @@ def _check_room(appliance: Appliance, initrds: Iterable[PlannedInitrd]) -> None:
 
 
 def _append(appliance: Appliance, one: PlannedInitrd, segment: bytes) -> None:
-    at = 0
-    with appliance.translated(f"cannot write {one.path!r}"):
-        while at < len(segment):
-            at += int(appliance.g.pwrite(one.path, segment[at : at + CHUNK], one.offset + at))
+    appliance.write_at(one.path, segment, one.offset)
     if stamp(appliance, one.path)[0] != one.new_size:
         raise _changed("it grew while it was written", one.path)
 
 
 def _write(appliance: Appliance, file: PlannedFile) -> None:
-    with appliance.translated(f"cannot write {file.path!r}"):
-        appliance.g.write(file.path, _encoded(file))
-        if not file.old_sha256:
-            # SELinux' label of new files is their folder's; the appliance has no policy that would say so.
+    appliance.write(file.path, _encoded(file))
+    if not file.old_sha256:
+        # SELinux' label of new files is their folder's; the appliance has no policy that would say so.
+        with appliance.translated(f"cannot write {file.path!r}"):
             appliance.g.copy_attributes(posixpath.dirname(file.path), file.path, xattributes=True)
 
 

@@ -23,8 +23,7 @@ from pathlib import Path
 
 from tokvm.core.errors import TokvmError
 from tokvm.lab.errors import LabError
-from tokvm.lab.libvirtd import Owner, existing_libvirt
-from tokvm.lab.programs import run_program
+from tokvm.lab.libvirtd import Owner, existing_libvirt, virsh
 from tokvm.lab.source_vm import SourceVm
 from tokvm.testing import pids
 from tokvm.testing.sshd import Sshd
@@ -116,11 +115,12 @@ def _end_targets(folder: Path) -> None:
     if record.owner == Owner.HOST.value:
         for uuid in record.machines:
             for verb in ("destroy", "undefine"):
-                _virsh(record.libvirt, verb, uuid)
+                try_virsh(record.libvirt, verb, uuid)
 
 
-def _virsh(uri: str, verb: str, uuid: str) -> None:
+def try_virsh(uri: str, verb: str, domain: str) -> None:
+    """Of a domain by uuid or name, as far as it goes."""
     try:
-        run_program(["virsh", "-q", "-c", uri, verb, uuid], package="libvirt-clients")
+        virsh(uri, verb, domain)
     except TokvmError as exc:
-        log.debug("%s %s: %s", verb, uuid, exc.what)  # not there, or off already
+        log.debug("%s %s: %s", verb, domain, exc.what)  # not there, or off already

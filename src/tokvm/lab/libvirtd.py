@@ -87,8 +87,8 @@ class LabLibvirt:
 
     def _end_domains(self) -> None:
         try:
-            for name in _virsh(self.uri, "list", "--uuid").decode().split():
-                _virsh(self.uri, "destroy", name)
+            for name in virsh(self.uri, "list", "--uuid").decode().split():
+                virsh(self.uri, "destroy", name)
         except TokvmError as exc:
             log.warning("domains of the lab's libvirt may still run: %s", exc.what)
 
@@ -96,7 +96,7 @@ class LabLibvirt:
 def ensure_libvirt(folder: Path) -> LabLibvirt:
     """A libvirt that answers: ours for this lab `folder`, started when it does not run yet. LabError when none can be had."""
     if os.geteuid() != 0:
-        _virsh(SESSION_URI, "uri")
+        virsh(SESSION_URI, "uri")
         return LabLibvirt(SESSION_URI, Owner.HOST, folder)
     ours = existing_libvirt(folder)
     if _pid(ours.folder) is None:
@@ -105,7 +105,7 @@ def ensure_libvirt(folder: Path) -> LabLibvirt:
         except TokvmError as exc:
             return _host_libvirt(ours.folder, reason=exc)
     # What libvirt asks QEMU before its first domain takes seconds; better now than in a downtime. The answers are cached.
-    _virsh(ours.uri, "domcapabilities", "--virttype", "qemu", "--arch", "x86_64")
+    virsh(ours.uri, "domcapabilities", "--virttype", "qemu", "--arch", "x86_64")
     return ours
 
 
@@ -142,7 +142,7 @@ def display_ports(number: int) -> str:
 
 def _host_libvirt(folder: Path, *, reason: TokvmError) -> LabLibvirt:
     try:
-        _virsh(SYSTEM_URI, "uri")
+        virsh(SYSTEM_URI, "uri")
     except TokvmError as exc:
         fix = f"start libvirtd on this host; see {folder / 'log/libvirtd.log'}"
         raise LabError(f"no libvirt: ours did not start ({reason.what}), the host's does not answer", fix=fix) from exc
@@ -150,7 +150,7 @@ def _host_libvirt(folder: Path, *, reason: TokvmError) -> LabLibvirt:
     return LabLibvirt(SYSTEM_URI, Owner.HOST, folder)
 
 
-def _virsh(uri: str, *words: str) -> bytes:
+def virsh(uri: str, *words: str) -> bytes:
     argv: Sequence[str] = ["virsh", "-q", "-c", uri, *words]
     return run_program(argv, package="libvirt-clients", timeout_s=CONNECT_TIMEOUT_S)
 

@@ -15,11 +15,10 @@ from tokvm.core.errors import TokvmError
 from tokvm.lab.clock import Boot, OutsideClock
 from tokvm.lab.command import Event, Finished, finish_argv, run_tokvm, target_folder
 from tokvm.lab.errors import LabError
-from tokvm.lab.home import LabRecord
+from tokvm.lab.home import LabRecord, try_virsh
 from tokvm.lab.machines import LabMachine
 from tokvm.lab.moving import Move, Moved, draw_report, move, predicted
 from tokvm.lab.played import LabHost
-from tokvm.lab.programs import run_program
 from tokvm.lab.report import GuestReport, LabOutcome, downtime
 from tokvm.lab.settings import LabSettings
 from tokvm.testing import pids
@@ -78,7 +77,7 @@ def _in_its_turn(lab: Lab, machine: LabMachine, settings: LabSettings, progress:
         return _failure(lab, machine, str(exc))
     report = _migrate(lab, machine, settings, progress)
     if report.outcome is LabOutcome.MIGRATED:
-        run_program(["virsh", "-q", "-c", lab.record.libvirt, "destroy", machine.name], package="libvirt-clients")
+        try_virsh(lab.record.libvirt, "destroy", machine.name)
     return report
 
 
