@@ -82,8 +82,9 @@ def test_a_rehearsal_comes_between_sync_and_cutover_and_is_told_of(played: Playe
     assert not any("--way" in argv for argv in played.said)
 
 
-def test_a_way_is_handed_to_the_rehearsal_and_the_cutover(played: Played, tmp_path: Path) -> None:
-    moved(played, tmp_path, LabSettings(rehearse=True, way=Way.KERNEL))
+def test_a_way_and_the_number_of_boots_are_handed_on(played: Played, tmp_path: Path) -> None:
+    moved(played, tmp_path, LabSettings(rehearse=True, way=Way.KERNEL, rehearsal_boots=3))
+    assert played.said[1][played.said[1].index("--boots") + 1] == "3"
     assert [argv[argv.index("--way") + 1] for argv in played.said[1:]] == ["kernel", "kernel"]
     played.said.clear()
     moved(played, tmp_path, LabSettings(way=Way.COMPATIBLE))

@@ -17,7 +17,8 @@ from tokvm.guest.base import GuestError, GuestFacts, Judgement, OsFamily, Verdic
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One way tried. timings: seconds (`morph`, `boot`); why: of a failure, or what showed life; fix: of a failure."""
+    """One way tried. timings: seconds (`morph`, `boot`: the typical one of boots); why: of a failure, or what showed life; fix:
+    of a failure. boots: seconds of those that showed life."""
 
     way: Way
     works: bool
@@ -27,6 +28,7 @@ class Attempt:
     sign: str = ""
     picture: str = ""
     fix: str = ""
+    boots: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         return {"way": self.way, "works": self.works, "why": self.why, "fix": self.fix, "timings": self.timings}
@@ -59,7 +61,7 @@ def answer(
         "attempts": [attempt.to_dict() for attempt in attempts],
         "screenshot": best.picture if best else "",
         "timings": timings,
-        "proof": {"sign": best.sign if best else "", "seconds": timings.get("boot")},
+        "proof": {"sign": best.sign if best else "", "seconds": timings.get("boot"), "boots": list(best.boots) if best else []},
         "replay": best.replay.to_json() if best and works else None,
     }
 

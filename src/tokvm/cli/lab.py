@@ -61,6 +61,7 @@ AtOnce = Annotated[
 Rehearse = Annotated[
     bool, typer.Option("--rehearse", help="Sync, rehearse, cut over, instead of migrate: see what the rehearsal foretold.")
 ]
+Boots = Annotated[int, typer.Option("--boots", help="How often a rehearsal boots a guest.", min=1, max=9)]
 Pictures = Annotated[
     Path | None,
     typer.Option(
@@ -84,6 +85,7 @@ def _settings(
     *,
     at_once: int = 0,
     rehearse: bool = False,
+    boots: int = 1,
     way: str | None = None,
     pictures: Path | None = None,
 ) -> LabSettings:
@@ -98,6 +100,7 @@ def _settings(
         passes=passes,
         at_once=at_once,
         rehearse=rehearse,
+        rehearsal_boots=boots,
         way=options.way(way),
         pictures=pictures or pictures_dir(),
     )
@@ -129,6 +132,7 @@ def run(
     passes: LabPasses = 3,
     at_once: AtOnce = 0,
     rehearse: Rehearse = False,
+    boots: Boots = 1,
     way: options.WayOption = None,
     pictures: Pictures = None,
     folder: Folder = None,
@@ -145,6 +149,7 @@ def run(
             *(source, guests, guest, disk_size, write_rate, link_rate, rtt, passes),
             at_once=at_once,
             rehearse=rehearse,
+            boots=boots,
             way=way,
             pictures=pictures,
         )

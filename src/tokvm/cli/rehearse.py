@@ -21,6 +21,9 @@ def rehearse(
     guest_root: options.GuestRoot = None,
     sign_serial: options.SignSerial = None,
     deadline: Annotated[str, typer.Option("--deadline", help="How long it may take to show life.", metavar="DURATION")] = "5m",
+    boots: Annotated[
+        int, typer.Option("--boots", help="Boot it so often: the typical one is foretold, each has to live.", min=1, max=9)
+    ] = 1,
     state_dir: options.StateDir = None,
     json: options.Json = False,
     events: options.Events = False,
@@ -35,7 +38,7 @@ def rehearse(
         shop.resume(name) as job,
     ):
         document = job.rehearse(
-            RehearsalWishes(options.way(way), guest_root, virtio_win, sign_serial, options.seconds(deadline))
+            RehearsalWishes(options.way(way), guest_root, virtio_win, sign_serial, options.seconds(deadline), boots)
         )
     if json:
         print_json(document)

@@ -57,8 +57,9 @@ def sync_argv(record: LabRecord, folder: Path, name: str, *, passes: int) -> lis
     return _begin("sync", record, folder, name, passes=passes)
 
 
-def rehearse_argv(folder: Path, name: str, *, way: Way | None, deadline_s: float) -> list[str]:
-    return _go_on("rehearse", folder, name, way, "--sign-serial", LIFE, "--deadline", f"{deadline_s:g}s")
+def rehearse_argv(folder: Path, name: str, *, way: Way | None, deadline_s: float, boots: int = 1) -> list[str]:
+    words = ("--sign-serial", LIFE, "--deadline", f"{deadline_s:g}s", "--boots", str(boots))
+    return _go_on("rehearse", folder, name, way, *words)
 
 
 def cutover_argv(folder: Path, name: str, *, way: Way | None) -> list[str]:

@@ -54,13 +54,20 @@ def move(move: Move) -> Moved:
     done = _run(move, sync_argv(move.record, move.folder, move.name, passes=settings.passes))
     rehearsal: dict[str, object] = {}
     if done.code == 0 and settings.rehearse:
-        done = _run(move, rehearse_argv(move.folder, move.name, way=settings.way, deadline_s=settings.boot_timeout_s))
+        done = _run(move, _rehearsal(move))
         rehearsal = _copied(move, done.document)
         if _boots(move) != known:
             raise LabError("the rehearsal's copy was heard outside: its network is not isolated", where=move.name)
     if done.code == 0:
         done = _run(move, cutover_argv(move.folder, move.name, way=settings.way))
     return Moved(done, known, rehearsal)
+
+
+def _rehearsal(move: Move) -> list[str]:
+    settings = move.settings
+    return rehearse_argv(
+        *(move.folder, move.name), way=settings.way, deadline_s=settings.boot_timeout_s, boots=settings.rehearsal_boots
+    )
 
 
 def predicted(moved: Moved) -> dict[str, float]:

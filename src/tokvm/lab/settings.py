@@ -44,8 +44,9 @@ class LabSettings:
     """write_rate: bytes/s that each guest's background writer makes. link_rate: bytes/s between source and tokvm, None for as
     fast as loopback; rtt_s: added to each round trip. passes: base and deltas before the cutover's final delta. disk_size and
     boot_timeout_s: 0 for what the guest needs. at_once: how many guests are moved at a time, 0 for all. rehearse: sync,
-    rehearse, cut over, instead of migrate; way: how the cutover has to make the guest boot, None for the rehearsal's best.
-    pictures: a folder for what the rehearsals saw and for the drawn report, which outlive the lab.
+    rehearse, cut over, instead of migrate; rehearsal_boots: how often a rehearsal boots the guest; way: how the cutover has to
+    make the guest boot, None for the rehearsal's best. pictures: a folder for what the rehearsals saw and for the drawn report,
+    which outlive the lab.
     """
 
     source: str = "xenserver"
@@ -58,6 +59,7 @@ class LabSettings:
     passes: int = 3
     at_once: int = 0
     rehearse: bool = False
+    rehearsal_boots: int = 1
     way: Way | None = None
     pictures: Path = field(default_factory=pictures_dir)
     boot_timeout_s: float = 0.0
@@ -72,6 +74,7 @@ class LabSettings:
                 (f"{self.guests} guests", 1 <= self.guests <= 16),
                 (f"{self.passes} passes", 1 <= self.passes <= 16),
                 (f"{self.at_once} moves at once", 0 <= self.at_once <= 16),
+                (f"{self.rehearsal_boots} boots of a rehearsal", 1 <= self.rehearsal_boots <= 9),
                 (f"a link of {self.link_rate} bytes/s", self.link_rate is None or self.link_rate >= 1024),
                 (f"a delay of {self.rtt_s} s", 0 <= self.rtt_s <= 10),
             )
