@@ -111,7 +111,7 @@ def migrate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Migrate
         rig.path.mkdir(mode=0o700)
         rig.journal().create(vm=world.machine(), source="fake://source", plan={}, targets=[str(disk) for disk in disks])
         rig.migration().sync(passes=2)
-        book = rig.journals[0].book(rig.journals[0].migrations()[0].id)
+        book = rig.book
         plan = Plan("fake://source", tuple(TargetChoice(str(disk)) for disk in disks))
         notes = Notes()
         made = GuestSide(

@@ -44,9 +44,8 @@ def side(tmp_path: Path) -> Iterator[GuestSide]:
     rig = Rig(state, World.make())
     rig.begin()
     rig.migration().sync(passes=1)
-    journal = rig.journals[0]
     plan = Plan("fake://source", (TargetChoice(str(tmp_path / "disk.raw")),))
-    yield GuestSide(state, journal.book(journal.migrations()[0].id), plan, Host(), Silent(), lambda *_: None)  # type: ignore[arg-type]
+    yield GuestSide(state, rig.book, plan, Host(), Silent(), lambda *_: None)  # type: ignore[arg-type]
     rig.close()
 
 

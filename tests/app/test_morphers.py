@@ -43,7 +43,7 @@ class Guest:
     def morpher(self, way: Way = Way.MICRO, **more: Any) -> WayMorpher:
         micro: dict[str, Any] | None = {"initrds": []} if way is Way.MICRO else None
         replay = Replay(way, family="linux", micro=micro)
-        return WayMorpher(replay, self.store, self.folder, True, self.log.append, **more)
+        return WayMorpher(replay, self.store, self.folder, True, **more)
 
     def delta(self) -> None:
         """The last delta, as a target writes it: held exclusively, while an appliance may be over it."""
@@ -239,7 +239,7 @@ def test_a_kernel_that_was_renewed_since_the_rehearsal_is_found_before_the_stop(
     monkeypatch.setattr("tokvm.guest.kernel_way.check", lambda appliance, mounts, files: seen.append((mounts, files)))
     known = {"/boot/initrd.img": [7, 8]}
     replay = Replay(Way.KERNEL, family="linux", mounts={"/": "/dev/sda1"}, boot_files=known)
-    morpher = WayMorpher(replay, guest.store, guest.folder, True, guest.log.append)
+    morpher = WayMorpher(replay, guest.store, guest.folder, True)
     morpher.prepare(PLAN)
     morpher.release()
     assert seen == [({"/": "/dev/sda1"}, known)]

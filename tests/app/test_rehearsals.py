@@ -140,7 +140,7 @@ def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Setting
     disk = tmp_path / "disk.raw"
     disk.write_bytes(BYTES)
     micro = FakeMicro()
-    found = Setting(book_of(rig), disk, tmp_path / "guest", micro)
+    found = Setting(rig.book, disk, tmp_path / "guest", micro)
     FakeAppliance.launched = []
     monkeypatch.setattr(rehearsals, "Appliance", FakeAppliance)
     monkeypatch.setattr(rehearsals, "inspect", lambda appliance, root: found.facts)
@@ -310,14 +310,10 @@ def test_in_the_middle_of_a_pass_nothing_is_rehearsed(tmp_path: Path) -> None:
     rig = Rig(state, World.make())
     rig.begin()
     with pytest.raises(UsageError, match="no pass is whole"):
-        rehearsals.require_frozen(book_of(rig))
+        rehearsals.require_frozen(rig.book)
     rig.migration().sync(passes=1)
-    rehearsals.require_frozen(book_of(rig))
+    rehearsals.require_frozen(rig.book)
     rig.migration().cutover()
     with pytest.raises(UsageError, match="under way or done"):
-        rehearsals.require_frozen(book_of(rig))
+        rehearsals.require_frozen(rig.book)
     rig.close()
-
-
-def book_of(rig: Rig) -> Book:
-    return rig.journals[0].book(rig.journals[0].migrations()[0].id)

@@ -138,7 +138,7 @@ def side(tmp_path: Path) -> Iterator[Make]:
         rig.path.mkdir(mode=0o700)
         rig.begin()
         rig.migration().sync(passes=1)
-        book = rig.journals[0].book(rig.journals[0].migrations()[0].id)
+        book = rig.book
         replay = Replay(
             way, family="windows" if windows else "linux", windows=windows, bus="sata", nic="e1000", root="/dev/sda2"
         )

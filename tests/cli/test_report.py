@@ -50,6 +50,7 @@ def test_a_status_predicts_before_and_compares_afterwards(rig: Rig, tokvm: Run) 
 def test_the_report_in_text_json_and_svg(rig: Rig, tokvm: Run, tmp_path: Path) -> None:
     rig.migration().cutover(deadline_s=20.0, proof_s=20.0)
     rig.migration().finish()
+    rig.book.note("prestaged:\x1b[31m virtio in the initramfs")
     rig.close()
     drawing = tmp_path / "it.svg"
     shown = tokvm("report", NAME, "--svg", drawing, "--outside-clock", "12s")
@@ -59,6 +60,7 @@ def test_the_report_in_text_json_and_svg(rig: Rig, tokvm: Run, tmp_path: Path) -
     assert ["part", "predicted", "from", "actual", "off by"] in rows
     assert next(row for row in rows if row[0] == "boot")[2] == "assumed"
     assert next(row for row in rows if row[0] == "total")[4].endswith("%")
+    assert any(row[0].endswith("virtio in the initramfs") for row in rows), "what the journal was told"
     assert "outside clock: 12.0 s; the prediction was off by +" in shown.stdout
     assert ET.fromstring(drawing.read_bytes()).tag.endswith("svg")
     document = json.loads(tokvm("report", NAME, "--json").stdout)

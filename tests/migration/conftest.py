@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tokvm.migration.book import Book
 from tokvm.migration.doors import Doors
 from tokvm.migration.journal import Journal
 from tokvm.migration.phases import Phase
@@ -84,8 +85,13 @@ class Rig:
         return Migration(journal, record, doors)
 
     @property
+    def book(self) -> Book:
+        journal = self.journals[0]
+        return journal.book(journal.migrations()[0].id)
+
+    @property
     def phase(self) -> Phase:
-        return self.journals[0].migrations()[0].phase
+        return self.book.phase
 
     def synced(self, passes: int = 2) -> Rig:
         self.begin()

@@ -12,7 +12,6 @@ import pytest
 from tests.migration.conftest import Rig
 
 from tokvm.core.errors import BudgetExceeded, TokvmError
-from tokvm.migration.book import Book
 from tokvm.migration.forecast import CONVERSION, compared, expected, forecast, foreseen, prediction_in, spent
 from tokvm.migration.phases import Event, Phase
 from tokvm.migration.records import DowntimePart
@@ -82,11 +81,6 @@ def slow_rig(fast_dir: Path) -> Iterator[Callable[..., Rig]]:
         rig.close()
 
 
-def book_of(rig: Rig) -> Book:
-    journal = rig.journals[0]
-    return journal.book(journal.migrations()[0].id)
-
-
 def sync(rig: Rig) -> None:
     rig.begin()
     for passes, pause_s in enumerate((30, 60, 45, 60), 1):
@@ -95,7 +89,7 @@ def sync(rig: Rig) -> None:
 
 
 def rehearse(rig: Rig, way: str, *, works: bool = True, **timings: float) -> None:
-    book_of(rig).rehearsed(way, {"works": works, "way": way, "timings": timings}, works=works)
+    rig.book.rehearsed(way, {"works": works, "way": way, "timings": timings}, works=works)
 
 
 def stranger(rig: Rig, source: str, **seconds: float) -> None:
@@ -121,7 +115,7 @@ def test_the_prediction_is_within_a_quarter_of_what_comes(slow_rig: Callable[...
         stranger(rig, "fake://source", stop=world.about(12), delta=world.about(1.7), start=world.about(1))
         report = rig.migration().cutover(**OPTIONS)
         assert report.proved
-        actual, predicted = spent(book_of(rig), 1), foreseen(book_of(rig))[1]
+        actual, predicted = spent(rig.book, 1), foreseen(rig.book)[1]
         assert sum(actual.values()) == pytest.approx(report.downtime_s["total"], abs=0.01)
         found = compared(predicted, actual)
         assert found.actual_s > 35
@@ -138,7 +132,7 @@ def test_the_prediction_is_kept_with_the_intent_to_stop(slow_rig: Callable[..., 
     with pytest.raises(Death):
         rig.migration().cutover(**OPTIONS)
     assert rig.phase is Phase.STOP_INTENT
-    kept = foreseen(book_of(rig))[1]
+    kept = foreseen(rig.book)[1]
     rig.world.always = {}
     report = rig.migration().cutover(**OPTIONS)
     assert report.prediction == kept
@@ -171,7 +165,7 @@ def test_parts_come_from_the_nearest_that_was_measured(slow_rig: Callable[..., R
     sync(rig)
 
     def basis(part: str) -> tuple[float, Basis]:
-        found = forecast(book_of(rig), book_of(rig).now())
+        found = forecast(rig.book, rig.book.now())
         assert found is not None
         return round(found.parts[part].seconds, 3), found.parts[part].basis
 
@@ -193,7 +187,7 @@ def test_parts_come_from_the_nearest_that_was_measured(slow_rig: Callable[..., R
         rig.migration().cutover(**OPTIONS)
     seconds, where = basis("stop")
     assert where is Basis.HERE
-    assert seconds == pytest.approx(spent(book_of(rig), 1)["stop"])
+    assert seconds == pytest.approx(spent(rig.book, 1)["stop"])
     assert basis("boot") == (17.0, Basis.REHEARSED)
 
 
@@ -202,22 +196,22 @@ def test_the_way_that_was_chosen_counts_and_the_newest_look_at_it(slow_rig: Call
     sync(rig)
 
     def morph() -> Estimate:
-        found = forecast(book_of(rig), book_of(rig).now())
+        found = forecast(rig.book, rig.book.now())
         assert found is not None
         return found.parts["morph"]
 
     assert morph() == ASSUMED["morph"]
-    book_of(rig).replan({"way": "virt-v2v"})
+    rig.book.replan({"way": "virt-v2v"})
     assert morph() == CONVERSION
     rehearse(rig, "virt-v2v", morph=240.0, boot=20.0)
     rehearse(rig, "micro", morph=3.0, boot=20.0)
     assert morph() == Estimate(240.0, Basis.REHEARSED)
-    book_of(rig).replan({"way": None})
+    rig.book.replan({"way": None})
     assert morph() == Estimate(3.0, Basis.REHEARSED)
     rig.world.always = {"host.start": Fault.REFUSE}
     with pytest.raises(TokvmError):
         rig.migration().cutover(**OPTIONS)
-    assert morph() == Estimate(spent(book_of(rig), 1)["morph"], Basis.HERE)
+    assert morph() == Estimate(spent(rig.book, 1)["morph"], Basis.HERE)
     rehearse(rig, "kernel", morph=0.0, boot=20.0)
     assert morph() == Estimate(0.0, Basis.REHEARSED)
 
@@ -226,7 +220,7 @@ def test_a_delta_is_split_into_bytes_and_what_is_around_them(slow_rig: Callable[
     rig = slow_rig()
     sync(rig)
     report = rig.migration().cutover(**OPTIONS)
-    parts = spent(book_of(rig), 1)
+    parts = spent(rig.book, 1)
     final = report.passes[-1]
     assert final.kind == "final"
     assert parts["delta"] == pytest.approx(final.seconds, abs=0.01)
@@ -239,15 +233,15 @@ def test_each_attempt_keeps_its_own_figures(slow_rig: Callable[..., Rig]) -> Non
     rig.world.always = {"host.start": Fault.REFUSE}
     with pytest.raises(TokvmError):
         rig.migration().cutover(**OPTIONS)
-    first = spent(book_of(rig), 1)
+    first = spent(rig.book, 1)
     assert list(first) == ["stop", "delta", "overhead"]
     rig.world.always = {}
     rig.world.clock.sleep(100)
     rig.migration().sync(passes=1)
     rig.migration().cutover(**OPTIONS)
-    assert spent(book_of(rig), 1) == first
-    assert list(spent(book_of(rig), 2)) == ["stop", "delta", "overhead", "start", "boot"]
-    predictions = foreseen(book_of(rig))
+    assert spent(rig.book, 1) == first
+    assert list(spent(rig.book, 2)) == ["stop", "delta", "overhead", "start", "boot"]
+    predictions = foreseen(rig.book)
     assert sorted(predictions) == [1, 2]
     assert predictions[2].parts["overhead"].basis is Basis.HERE
     assert compared(predictions[1], first).predicted_s < predictions[1].total_s
@@ -256,7 +250,7 @@ def test_each_attempt_keeps_its_own_figures(slow_rig: Callable[..., Rig]) -> Non
 def test_a_status_predicts_a_cutover_now_and_later_shows_what_was_foreseen(slow_rig: Callable[..., Rig]) -> None:
     rig = slow_rig()
     rig.begin()
-    assert expected(book_of(rig)) is None
+    assert expected(rig.book) is None
     assert rig.migration().status().to_dict()["predicted_downtime_s"] is None
     rig.migration().sync(passes=2)
     soon = rig.migration().status().prediction
@@ -268,7 +262,7 @@ def test_a_status_predicts_a_cutover_now_and_later_shows_what_was_foreseen(slow_
     rig.migration().cutover(**OPTIONS)
     rig.world.clock.sleep(9999)
     done = rig.migration().status()
-    assert done.prediction == foreseen(book_of(rig))[1]
+    assert done.prediction == foreseen(rig.book)[1]
     rig.migration().finish()
     assert rig.migration().status().prediction == done.prediction
 

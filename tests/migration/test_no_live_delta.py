@@ -27,11 +27,6 @@ def base_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeSource, "snapshot", snapshot)
 
 
-def book_of(rig: Any) -> Any:
-    journal = rig.journals[0]
-    return journal.book(journal.migrations()[0].id)
-
-
 @pytest.mark.usefixtures("base_only")
 def test_sync_ends_with_the_base_and_a_second_one_makes_no_pass(rig: Any) -> None:
     rig.begin()
@@ -41,8 +36,8 @@ def test_sync_ends_with_the_base_and_a_second_one_makes_no_pass(rig: Any) -> Non
     second = rig.migration().sync(passes=3)
     assert second.stopped_by is StopCause.WAITS
     assert len(rig.world.snapshots) == 1
-    assert {one.state for one in book_of(rig).snapshots()} == {SnapshotState.MADE, SnapshotState.REMOVED}
-    assert any("wait for the stop" in event.note for event in book_of(rig).events())
+    assert {one.state for one in rig.book.snapshots()} == {SnapshotState.MADE, SnapshotState.REMOVED}
+    assert any("wait for the stop" in event.note for event in rig.book.events())
 
 
 @pytest.mark.usefixtures("base_only")
@@ -80,7 +75,7 @@ def test_a_base_that_has_to_be_copied_anew_is_not_kept_from_it_by_our_older_snap
     rig.begin()
     rig.migration().sync(passes=None)
     (old,) = rig.world.snapshots
-    book_of(rig).void_passes()
+    rig.book.void_passes()
     again = rig.migration().sync(passes=None)
     assert [(one.kind, one.done) for one in again.passes] == [("base", True)]
     assert again.stopped_by is StopCause.WAITS

@@ -44,7 +44,7 @@ def acts(rig: Any) -> list[str]:
 
 
 def finals(rig: Any) -> int:
-    book = rig.journals[0].book(rig.journals[0].migrations()[0].id)
+    book = rig.book
     return sum(one.kind is PassKind.FINAL and one.state is PassState.DONE for one in book.passes())
 
 

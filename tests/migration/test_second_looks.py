@@ -45,11 +45,6 @@ def watched(rig: Any) -> tuple[Migration, Notes]:
     return Migration(rig.journals[0], rig.journals[0].migrations()[0], doors), notes
 
 
-def book_of(rig: Any) -> Any:
-    journal = rig.journals[0]
-    return journal.book(journal.migrations()[0].id)
-
-
 # ---- a start that may have run
 
 
@@ -78,14 +73,14 @@ def test_a_target_that_ran_for_a_moment_is_never_rolled_back_by_itself(
     starts_and_ends(rig, monkeypatch, [answer])
     with pytest.raises(NeedsPerson, match="may have run"):
         rig.migration().cutover(**OPTIONS)
-    assert (rig.phase, book_of(rig).record().target_ran) == (Phase.START_INTENT, TargetRan.MAYBE)
+    assert (rig.phase, rig.book.record().target_ran) == (Phase.START_INTENT, TargetRan.MAYBE)
     assert not rig.world.source_on
     assert rig.world.fenced
     with pytest.raises(NeedsPerson, match="accept-data-loss"):
         rig.migration().rollback()
     rig.world.loss_accepted = True
     rig.migration().rollback(accept_data_loss=True)
-    assert {one.state for one in book_of(rig).passes()} == {PassState.VOID}
+    assert {one.state for one in rig.book.passes()} == {PassState.VOID}
     assert rig.world.violations == []
 
 
@@ -94,7 +89,7 @@ def test_a_start_that_was_refused_each_time_never_ran(make_synced: MakeSynced) -
     rig.world.always = {"host.start": Fault.REFUSE}
     with pytest.raises(RolledBack, match="does not start"):
         rig.migration().cutover(**OPTIONS)
-    assert PassState.VOID not in {one.state for one in book_of(rig).passes()}
+    assert PassState.VOID not in {one.state for one in rig.book.passes()}
 
 
 # ---- the automatic rollback
@@ -145,7 +140,7 @@ def test_the_budget_is_asked_only_before_the_commit_point(
 ) -> None:
     rig = make_synced()
     migration = rig.migration()
-    book, clock = book_of(rig), rig.world.clock
+    book, clock = rig.book, rig.world.clock
     work = Work(book, migration._doors, CutoverOptions(budget_s=5.0, settle_s=10.0))
     for event in (Event.CUT_OVER, Event.SOURCE_OFF, Event.FINAL_DONE, Event.START):
         if work.phase is not phase:
@@ -201,7 +196,7 @@ def test_a_stop_that_lands_after_a_quarter_of_an_hour_is_waited_for(
 def test_a_stop_that_hangs_while_the_source_is_off_is_not_waited_for_that_long(make_synced: MakeSynced) -> None:
     rig = make_synced()
     rig.migration()
-    book = book_of(rig)
+    book = rig.book
     book.advance(Event.CUT_OVER)
     rig.world.source_on, rig.world.fenced, rig.world.pending_stop = False, True, 1 << 60
     began = rig.world.clock.monotonic()
@@ -218,13 +213,13 @@ def test_a_delta_that_had_to_copy_everything_counts_as_a_base(rig: Any) -> None:
     """Its snapshot was intended as a delta's; then all passes were voided."""
     rig.begin()
     rig.migration().sync(passes=1)
-    book = book_of(rig)
+    book = rig.book
     book.snapshot_intended(PassKind.DELTA)
     book.void_passes()
     report = rig.migration().sync(converge=Converge(small_bytes=0))
     assert report.stopped_by is StopCause.FLAT
     assert [one.kind for one in report.passes][:2] == ["delta", "delta"]
-    assert [one.since for one in book_of(rig).passes()][1:4] == [None, 2, 3]
+    assert [one.since for one in rig.book.passes()][1:4] == [None, 2, 3]
 
 
 def test_a_snapshot_that_lost_a_disk_counts_as_gone(make_rig: Callable[..., Any]) -> None:
@@ -244,12 +239,12 @@ def test_a_pass_whose_snapshot_went_in_the_middle_is_not_built_over(make_rig: Ca
     rig = make_rig(disks=2)
     rig.begin()
     rig.migration().sync(passes=1)
-    while [one.state for one in book_of(rig).passes() if one.number == 2] != [PassState.DONE, PassState.RUNNING]:
+    while [one.state for one in rig.book.passes() if one.number == 2] != [PassState.DONE, PassState.RUNNING]:
         rig.world.plan = {rig.world.calls + 8: Fault.DIE_BEFORE}  # some blocks further each time
         with pytest.raises(Death):
             rig.migration().sync(passes=2)
         rig.world.lose_power()
-    mark = next(one.mark for one in book_of(rig).snapshots() if one.number == 2)
+    mark = next(one.mark for one in rig.book.snapshots() if one.number == 2)
     if loss != "a disk is gone":
         del rig.world.snapshots[mark]
         if loss != "gone":
@@ -262,6 +257,6 @@ def test_a_pass_whose_snapshot_went_in_the_middle_is_not_built_over(make_rig: Ca
     rig.world.plan = {}
     report = rig.migration().sync(passes=2)
     assert [(one.number, one.kind) for one in report.passes][:1] == [(3, "base")]
-    assert {one.state for one in book_of(rig).passes() if one.number <= 2} == {PassState.VOID}
-    assert next(one.state for one in book_of(rig).snapshots() if one.number == 2) is SnapshotState.REMOVED
+    assert {one.state for one in rig.book.passes() if one.number <= 2} == {PassState.VOID}
+    assert next(one.state for one in rig.book.snapshots() if one.number == 2) is SnapshotState.REMOVED
     assert all(a == b for a, b in zip(rig.world.targets, list(rig.world.snapshots.values())[-1][1], strict=True))

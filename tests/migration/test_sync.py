@@ -27,16 +27,11 @@ from tokvm.transfer.manifest import ManifestWriter, RecordKind, read_manifest
 MakeRig = Callable[..., Any]
 
 
-def book_of(rig: Any) -> Any:
-    journal = rig.journals[0]
-    return journal.book(journal.migrations()[0].id)
-
-
 def target_is_newest_snapshot(rig: Any) -> bool:
     """The target's medium holds what the newest complete snapshot froze."""
-    passes = book_of(rig).passes()
+    passes = rig.book.passes()
     done = max(one.number for one in passes if one.state is PassState.DONE)
-    mark = next(one.mark for one in book_of(rig).snapshots() if one.number == done)
+    mark = next(one.mark for one in rig.book.snapshots() if one.number == done)
     frozen = rig.world.snapshots[mark][1]
     return all(bytes(target) == content for target, content in zip(rig.world.targets, frozen, strict=True))
 
@@ -136,7 +131,7 @@ def test_death_at_any_journal_write(make_rig: MakeRig, *, after: bool) -> None:
             rig.world.lose_power()
         rig.migration().sync(passes=2)
         assert target_is_newest_snapshot(rig), f"journal write {number}"
-        marks = [one.mark for one in book_of(rig).snapshots() if one.state is SnapshotState.MADE]
+        marks = [one.mark for one in rig.book.snapshots() if one.state is SnapshotState.MADE]
         assert sorted(marks) == sorted(rig.world.snapshots)
         number += 1
     assert number > 12
@@ -150,7 +145,7 @@ def test_a_resumed_pass_goes_on_at_its_checkpoint(make_rig: MakeRig) -> None:
         rig.migration().sync(passes=1)
     rig.world.lose_power()
     rig.world.log.clear()
-    row = book_of(rig).passes()[0]
+    row = rig.book.passes()[0]
     assert row.checkpoint is not None
     rig.migration().sync(passes=1)
     sent = sum("chunk" in line for line in rig.world.log)
@@ -363,7 +358,7 @@ def test_what_an_abandoned_pass_wrote_is_no_swapped_target(rig: Any) -> None:
         rig.world.disks[0][block * BLOCK : (block + 1) * BLOCK] = bytes([block + 1]) * BLOCK
     with pytest.raises(Death):
         rig.migration(die_at=6).sync(passes=2)
-    assert any(one.number == 2 and one.checkpoint for one in book_of(rig).passes())
+    assert any(one.number == 2 and one.checkpoint for one in rig.book.passes())
     del rig.world.snapshots[list(rig.world.snapshots)[-1]]
     rig.migration().sync(passes=2)
     assert target_is_newest_snapshot(rig)

@@ -157,7 +157,7 @@ class GuestSide:
         convert: Convert | None = None
         if replay.way is Way.VIRT_V2V:
             convert = self._converter_later(domain, replay.root)
-        return WayMorpher(replay, self._store("morph"), self.folder, self.tcg, self.observer.note, convert)
+        return WayMorpher(replay, self._store("morph"), self.folder, self.tcg, convert)
 
     def modernise(self, domain: DomainPlan, wishes: ModernWishes) -> dict[str, object]:
         """From compatible hardware, or a kernel beside the VM, to virtio; once. `domain`: the plan without any way."""

@@ -18,7 +18,7 @@ from dataclasses import replace
 from tokvm.app.modern_job import Renewal, runs
 from tokvm.app.modern_rescue import runs_on_half, see_to_it
 from tokvm.core.errors import DomainError, UsageError
-from tokvm.core.units import format_duration
+from tokvm.core.units import format_duration, seconds_since
 from tokvm.domain.base import DomainState, Outcome
 from tokvm.guest.morph_record import MorphState
 from tokvm.guest.morph_store import HALF
@@ -41,7 +41,7 @@ def modernise(job: Renewal) -> dict[str, object]:
     begun = time.monotonic()
     try:
         parts = {"stop": _shut_down(job), **_morph(job), "boot": _renew(job, definition)}
-        total = _since(begun)
+        total = seconds_since(begun)
         _done(job, total)
     except BaseException as failed:
         see_to_it(job, definition, failed)
@@ -76,24 +76,24 @@ def _shut_down(job: Renewal) -> float:
     job.observer.step("ask the guest to shut down")
     if not job.host.shut_down(job.uuid, job.deadline_s):
         raise DomainError(f"the guest did not shut down within {format_duration(job.deadline_s)}", where=job.name)
-    return _since(begun)
+    return seconds_since(begun)
 
 
 def _morph(job: Renewal) -> dict[str, float]:
     """Seconds of morph, trial and commit. Anything wrong before the commit leaves the disks as they are."""
     at = time.monotonic()
     job.engine.morph(job.store.begin())
-    parts = {"morph": _since(at)}
+    parts = {"morph": seconds_since(at)}
     at = time.monotonic()
     job.observer.step("boot a copy on an isolated network")
     seen = job.boots(job.new, tuple(layer.path for layer in job.store.trial()))
     if seen.outcome is not Outcome.ALIVE:
         raise DomainError(f"it does not boot from virtio: {seen.why}", where=job.name, fix="leave it on the hardware it has")
-    parts["trial"] = _since(at)
+    parts["trial"] = seconds_since(at)
     at = time.monotonic()
     job.store.commit()
     job.store.forget()  # from the start on an undo would tear the guest's own writes apart, in a later run too
-    return {**parts, "commit": _since(at)}
+    return {**parts, "commit": seconds_since(at)}
 
 
 def _renew(job: Renewal, definition: str) -> float:
@@ -106,7 +106,7 @@ def _renew(job: Renewal, definition: str) -> float:
     job.observer.step("start it with virtio")
     job.host.start(job.uuid)
     _wait_for_life(job)
-    return _since(begun)
+    return seconds_since(begun)
 
 
 def _wait_for_life(job: Renewal) -> float:
@@ -116,8 +116,8 @@ def _wait_for_life(job: Renewal) -> float:
         if not runs(job):
             raise DomainError("it went off on virtio before anybody saw it live", where=job.name, fix="see its console's log")
         if job.proof_s <= 0 or job.host.alive(job.uuid) or (job.proof is not None and job.proof()):
-            return _since(begun)
-        if _since(begun) > job.proof_s:
+            return seconds_since(begun)
+        if seconds_since(begun) > job.proof_s:
             raise DomainError(f"it showed no sign of life within {format_duration(job.proof_s)}", where=job.name)
         time.sleep(POLL_S)
 
@@ -125,7 +125,3 @@ def _wait_for_life(job: Renewal) -> float:
 def _done(job: Renewal, downtime_s: float | None) -> None:
     job.ledger.done(downtime_s)
     job.observer.note(f"its domain was made anew; what was edited in the old one is in {job.ledger.replaced}")
-
-
-def _since(begun: float) -> float:
-    return round(time.monotonic() - begun, 3)

@@ -30,7 +30,6 @@ WAITING_S = 6 * 3600.0
 APPLYING_S = 300.0
 """Of the replay in the downtime: some seconds, ten times as many on a busy emulated processor."""
 
-Note = Callable[[str], None]
 Convert = Callable[[tuple[GuestDisk, ...]], object]
 """virt-v2v-in-place on these overlays."""
 
@@ -47,7 +46,6 @@ class WayMorpher:
     store: MorphStore
     folder: Path
     tcg: bool
-    note: Note
     convert: Convert | None = None
     _appliance: Appliance | None = field(default=None, init=False)
 

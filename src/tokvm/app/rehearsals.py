@@ -24,6 +24,7 @@ from tokvm.app.rehearsal_answer import Attempt, answer, unknown
 from tokvm.app.ways import Replay, hardware_of, loader_of
 from tokvm.core.errors import ImageError, UsageError
 from tokvm.core.machine import Severity
+from tokvm.core.units import seconds_since
 from tokvm.domain.base import PROOFS, DomainPlan, LifeSigns, Outcome
 from tokvm.guest import micro
 from tokvm.guest.appliance import Appliance
@@ -127,7 +128,7 @@ class Rehearser:
             facts, judgement = unknown(refused, len(self._stage.store.disks))
             self._say(facts, judgement)
             return facts, judgement, []
-        self._timings["inspection"] = _since(begun)
+        self._timings["inspection"] = seconds_since(begun)
         self._say(facts, judgement)
         return facts, judgement, [*self._attempts(facts, judgement)]
 
@@ -225,7 +226,7 @@ class Rehearser:
             appliance.forget()
             begun = time.monotonic()
             micro.apply(appliance, plan, self._stage.folder, throw_away=True)
-        return replace(draft, micro=plan.as_json()), _since(begun)
+        return replace(draft, micro=plan.as_json()), seconds_since(begun)
 
     def _appliance(self) -> Appliance:
         """The one that looked, while nothing was tried yet; else another, over fresh overlays."""
@@ -242,7 +243,7 @@ class Rehearser:
             raise UsageError("virt-v2v-in-place is not installed here", fix="install virt-v2v, or choose another --way")
         begun = time.monotonic()
         self._stage.convert(overlays)
-        return _since(begun)
+        return seconds_since(begun)
 
     def _boot(self, way: Way, replay: Replay, timings: dict[str, float]) -> Attempt:
         plan, boots = self._stage.by_way(replay), self._wishes.boots
@@ -286,7 +287,3 @@ def _forget_prepared(folder: Path, kept: frozenset[Path]) -> None:
     for file in folder.iterdir():
         if file not in kept and file.is_file() and file.suffix not in LASTING:
             file.unlink()
-
-
-def _since(begun: float) -> float:
-    return round(time.monotonic() - begun, 3)

@@ -109,6 +109,8 @@ def print_report(report: Report) -> None:
                 ("  picture", rehearsal.text("screenshot") + ("" if rehearsal.picture else " (gone)")),
             )
         )
+    for note in report.notes:
+        say(f"{moment(note.wall)} {readable(note.text)}")
     for attempt in report.attempts:
         _print_attempt(attempt)
     if report.outside is not None:
@@ -186,6 +188,8 @@ def print_rehearsal(document: Mapping[str, object]) -> None:
     """What `tokvm rehearse` found."""
     timings, attempts = document.get("timings"), document.get("attempts")
     taken = timings if isinstance(timings, dict) else {}
+    proof = document.get("proof")
+    boots = proof.get("boots", []) if isinstance(proof, dict) else []
     say(f"{'works' if document['works'] else 'does not work'}: {document['why']}")
     print_fields(
         (
@@ -194,6 +198,7 @@ def print_rehearsal(document: Mapping[str, object]) -> None:
             ("way", str(document["way"])),
             *((f"tried {one['way']}", str(one["why"])) for one in (attempts if isinstance(attempts, list) else [])),
             ("timings", ", ".join(f"{part} {format_duration(seconds)}" for part, seconds in taken.items())),
+            ("boots", ", ".join(format_duration(seconds) for seconds in boots) if len(boots) > 1 else ""),
             ("picture", str(document["screenshot"])),
         )
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 SECTOR = 512
 KiB = 1 << 10
@@ -17,6 +18,11 @@ _SIZE = re.compile(r"(\d{1,19})(?:\.(\d{1,6}))?\s*([KMGT]?)(?:iB|B)?", re.IGNORE
 def round_up(value: int, step: int) -> int:
     """The smallest multiple of `step` that is not below `value`."""
     return -(-value // step) * step
+
+
+def seconds_since(begun: float) -> float:
+    """From a moment of time.monotonic() to now, to the millisecond."""
+    return round(time.monotonic() - begun, 3)
 
 
 def parse_size(text: str) -> int:

@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from tokvm.core.text import readable
-from tokvm.core.units import KiB, MiB, format_bytes
+from tokvm.core.units import KiB, MiB, format_bytes, seconds_since
 from tokvm.guest import durable
 from tokvm.guest.appliance import Appliance
 from tokvm.guest.base import GuestError, GuestFacts
@@ -73,7 +73,7 @@ def plan(appliance: Appliance, facts: GuestFacts, store: Path, *, names: Mapping
         files=tuple(files),
         folders=folders,
         left_out=tuple(left_out),
-        seconds=round(time.monotonic() - started, 3),
+        seconds=seconds_since(started),
     )
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from tokvm.core.machine import Finding, Severity
 from tokvm.core.text import readable
-from tokvm.core.units import MiB
+from tokvm.core.units import MiB, seconds_since
 from tokvm.guest import durable
 from tokvm.guest.appliance import Appliance
 from tokvm.guest.base import GuestError, GuestFacts, WindowsFacts
@@ -110,7 +110,7 @@ def plan(
         runner=runner is not None,
         hive_sha256=hive_sha256,
         left_out=tuple(readable(one.what) for one in (*found.findings, *lost)),
-        seconds=round(time.monotonic() - started, 3),
+        seconds=seconds_since(started),
     )
 
 
