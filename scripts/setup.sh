@@ -10,7 +10,8 @@ lab_packages=(
     busybox-static grub-pc-bin grub-common e2fsprogs fdisk cpio kmod xz-utils zstd util-linux libxml2-utils
     python3-guestfs virt-v2v mmdebstrap uidmap ovmf ntfs-3g
 )
-dev_packages=(git strace libvhdi-utils python3-libvhdi nbdkit samba openssl libwin-hivex-perl python3-hivex osslsigncode)
+dev_packages=(git strace libvhdi-utils python3-libvhdi nbdkit samba openssl libwin-hivex-perl python3-hivex osslsigncode
+    xfsprogs btrfs-progs)
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
