@@ -15,7 +15,7 @@ from typing import Any
 
 from tests.guest import disk_trees
 
-from tokvm.core.units import MiB
+from tokvm.core.units import SECTOR, MiB
 from tokvm.guest.appliance import PIECE, Appliance
 from tokvm.guest.base import GuestDisk
 from tokvm.lab.guest_initrd import INSTALLED, Drivers, make_initrd, modules_tree
@@ -110,6 +110,18 @@ def _bios(g: Any, device: str) -> None:
     g.pwrite_device(device, b"\xebcGRUB \0".ljust(440, b"\0"), 0)
 
 
+def _gpt(g: Any, device: str, *ends: int) -> None:
+    """GRUB's own partition, one MiB long, then one up to each of the ends (bytes)."""
+    g.part_init(device, "gpt")
+    g.part_add(device, "p", 2048, 4095)
+    g.part_set_gpt_type(device, 1, "21686148-6449-6E6F-744E-656564454649")
+    start = 2 * MiB
+    for end in ends:
+        g.part_add(device, "p", start // SECTOR, end // SECTOR - 1)
+        start = end
+    _bios(g, device)
+
+
 def rhel(g: Any, device: str, work: Path) -> dict[str, str]:
     """MBR; /boot on XFS, the root on XFS in a logical volume."""
     g.part_init(device, "mbr")
@@ -128,12 +140,7 @@ def rhel(g: Any, device: str, work: Path) -> dict[str, str]:
 
 def debian(g: Any, device: str, work: Path) -> dict[str, str]:
     """GPT for a BIOS; /boot on ext2, the root on ext4 in a logical volume behind another one."""
-    g.part_init(device, "gpt")
-    g.part_add(device, "p", 2048, 4095)
-    g.part_set_gpt_type(device, 1, "21686148-6449-6E6F-744E-656564454649")
-    g.part_add(device, "p", 4096, 4096 + 96 * 2048 - 1)
-    g.part_add(device, "p", 4096 + 96 * 2048, -4096)
-    _bios(g, device)
+    _gpt(g, device, 98 * MiB, 255 * MiB)
     g.pvcreate(f"{device}3")
     g.vgcreate("debian-vg", [f"{device}3"])
     g.lvcreate("swap_1", "debian-vg", 16)
@@ -148,11 +155,7 @@ def debian(g: Any, device: str, work: Path) -> dict[str, str]:
 
 def suse(g: Any, device: str, work: Path) -> dict[str, str]:
     """GPT for a BIOS; one btrfs, booted from the first of its snapshots (the default subvolume), with another one of it."""
-    g.part_init(device, "gpt")
-    g.part_add(device, "p", 2048, 4095)
-    g.part_set_gpt_type(device, 1, "21686148-6449-6E6F-744E-656564454649")
-    g.part_add(device, "p", 4096, 4096 + 320 * 2048 - 1)
-    _bios(g, device)
+    _gpt(g, device, 322 * MiB)
     g.mkfs_btrfs([f"{device}2"])
     g.set_uuid(f"{device}2", ROOT_UUID)
     g.mount(f"{device}2", "/")
@@ -173,12 +176,7 @@ def suse(g: Any, device: str, work: Path) -> dict[str, str]:
 
 def fedora(g: Any, device: str, work: Path) -> dict[str, str]:
     """GPT for a BIOS; /boot on ext4, and a btrfs whose subvolumes `root` and `home` the command line and fstab name."""
-    g.part_init(device, "gpt")
-    g.part_add(device, "p", 2048, 4095)
-    g.part_set_gpt_type(device, 1, "21686148-6449-6E6F-744E-656564454649")
-    g.part_add(device, "p", 4096, 4096 + 96 * 2048 - 1)
-    g.part_add(device, "p", 4096 + 96 * 2048, 4096 + 416 * 2048 - 1)
-    _bios(g, device)
+    _gpt(g, device, 98 * MiB, 418 * MiB)
     g.mkfs("ext4", f"{device}2")
     g.set_uuid(f"{device}2", BOOT_UUID)
     g.mkfs_btrfs([f"{device}3"])
