@@ -31,14 +31,14 @@ LABEL = "system_u:object_r:etc_t:s0"
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """make: fills one empty disk of the appliance. initrd: of its kernel, `{}` for the version. file_systems: offset and size
-    of each in the disk, and the program of its maker that finds it sound."""
+    """make: fills one empty disk of the appliance. initrd: of its kernel, `{}` for the version. more: other files, `@v` in
+    them for the version. file_systems: offset and size of each, and the program of its maker that finds it sound."""
 
     size: int
     distro: str
     initrd: str
     fstab: str
-    more: dict[str, str | bytes]
+    more: dict[str, str]
     make: Callable[[Any, str, Path], dict[str, str]]
     file_systems: tuple[tuple[int, int, list[str]], ...]
 
@@ -63,12 +63,8 @@ def tree_of(name: str, layout: Layout, work: Path, kernel: GuestKernel) -> Path:
     modules_tree(kernel, INSTALLED, root)
     initrd = make_initrd(kernel, Path(process.which("busybox")), Drivers.IDE, work)
     files = {f"boot/{layout.initrd.format(kernel.version)}": initrd, f"boot/vmlinuz-{kernel.version}": b"MZ kernel"}
-    filled = {path.format(kernel.version): _filled(text, kernel.version) for path, text in layout.more.items()}
+    filled = {path.format(kernel.version): text.replace("@v", kernel.version) for path, text in layout.more.items()}
     return disk_trees.write(root, {**files, "etc/fstab": layout.fstab, "var/log/old": b"o" * 70_000, **filled})
-
-
-def _filled(text: str | bytes, version: str) -> str | bytes:
-    return text.replace("@v", version) if isinstance(text, str) else text
 
 
 def packed(tree: Path) -> Path:
@@ -125,8 +121,8 @@ def _gpt(g: Any, device: str, *ends: int) -> None:
 def rhel(g: Any, device: str, work: Path) -> dict[str, str]:
     """MBR; /boot on XFS, the root on XFS in a logical volume."""
     g.part_init(device, "mbr")
-    g.part_add(device, "primary", 2048, 2048 + XFS // 512 - 1)
-    g.part_add(device, "primary", 2048 + XFS // 512, -1)
+    g.part_add(device, "primary", MiB // SECTOR, (MiB + XFS) // SECTOR - 1)
+    g.part_add(device, "primary", (MiB + XFS) // SECTOR, -1)
     g.part_set_bootable(device, 1, True)
     _bios(g, device)
     g.pvcreate(f"{device}2")
@@ -169,7 +165,6 @@ def suse(g: Any, device: str, work: Path) -> dict[str, str]:
     numbers = {one["btrfssubvolume_path"]: one["btrfssubvolume_id"] for one in g.btrfs_subvolume_list("/")}
     g.btrfs_subvolume_set_default(numbers["@/.snapshots/1/snapshot"], "/")
     g.mkdir("/@/.snapshots/2")
-    g.write("/@/.snapshots/1/snapshot/etc-of-then", b"")
     g.umount_all()
     return {"/": f"{device}2"}
 
@@ -203,18 +198,22 @@ def _with_folder(g: Any, device: str, folder: str) -> None:
 
 
 BLS = """\
-title Red Hat Enterprise Linux (@v) 9.3 (Plow)
+title Linux (@v)
 version @v
 linux /vmlinuz-@v
 initrd /initramfs-@v.img
-options root=/dev/mapper/rhel-root ro rd.lvm.lv=rhel/root
+options @o
 """
-FEDORA = f"root=UUID={ROOT_UUID} ro rootflags=subvol=root"
+DRACUT = {"usr/bin/dracut": "#!/bin/sh\n", "etc/dracut.conf.d/50-site.conf": "\n"}
 GRUB = "menuentry 'Linux' {\n  linux @d/vmlinuz-@v root=@r ro quiet\n  initrd @d/@i\n}\n"
 
 
 def _grub(folder: str, root: str, initrd: str) -> str:
     return GRUB.replace("@d", folder).replace("@r", root).replace("@i", initrd)
+
+
+def _bls(options: str) -> dict[str, str]:
+    return {"boot/grub2/grub.cfg": "blscfg\n", "boot/loader/entries/abc-{}.conf": BLS.replace("@o", options)}
 
 
 LAYOUTS = {
@@ -223,12 +222,7 @@ LAYOUTS = {
         distro="rhel",
         initrd="initramfs-{}.img",
         fstab=f"/dev/mapper/rhel-root / xfs defaults 0 0\nUUID={BOOT_UUID} /boot xfs defaults 0 0\n",
-        more={
-            "boot/grub2/grub.cfg": "blscfg\n",
-            "boot/loader/entries/abc-{}.conf": BLS,
-            "usr/bin/dracut": "#!/bin/sh\n",
-            "etc/dracut.conf.d/50-site.conf": "\n",
-        },
+        more=_bls("root=/dev/mapper/rhel-root ro rd.lvm.lv=rhel/root") | DRACUT,
         make=rhel,
         file_systems=((MiB, XFS, ["xfs_repair", "-n", "-f"]), (2 * MiB + XFS, XFS, ["xfs_repair", "-n", "-f"])),
     ),
@@ -251,11 +245,7 @@ LAYOUTS = {
         initrd="initrd-{}",
         fstab=f"UUID={ROOT_UUID} / btrfs defaults 0 0\nUUID={ROOT_UUID} /home btrfs subvol=/@/home 0 0\n"
         f"UUID={ROOT_UUID} /.snapshots btrfs subvol=/@/.snapshots 0 0\n",
-        more={
-            "boot/grub2/grub.cfg": _grub("/boot", f"UUID={ROOT_UUID}", "initrd-@v"),
-            "usr/bin/dracut": "#!/bin/sh\n",
-            "etc/dracut.conf.d/50-site.conf": "\n",
-        },
+        more={"boot/grub2/grub.cfg": _grub("/boot", f"UUID={ROOT_UUID}", "initrd-@v"), **DRACUT},
         make=suse,
         file_systems=((2 * MiB, 320 * MiB, ["btrfs", "check", "--readonly"]),),
     ),
@@ -265,12 +255,7 @@ LAYOUTS = {
         initrd="initramfs-{}.img",
         fstab=f"UUID={ROOT_UUID} / btrfs subvol=root 0 0\nUUID={BOOT_UUID} /boot ext4 defaults 1 2\n"
         f"UUID={ROOT_UUID} /home btrfs subvol=home 0 0\n",
-        more={
-            "boot/grub2/grub.cfg": "blscfg\n",
-            "boot/loader/entries/abc-{}.conf": BLS.replace("root=/dev/mapper/rhel-root ro rd.lvm.lv=rhel/root", FEDORA),
-            "usr/bin/dracut": "#!/bin/sh\n",
-            "etc/dracut.conf.d/50-site.conf": "\n",
-        },
+        more=_bls(f"root=UUID={ROOT_UUID} ro rootflags=subvol=root") | DRACUT,
         make=fedora,
         file_systems=(
             (2 * MiB, 96 * MiB, ["e2fsck", "-fn"]),

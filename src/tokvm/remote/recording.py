@@ -41,7 +41,7 @@ from typing import Self
 
 from tokvm import __version__
 from tokvm.core.errors import TokvmError, UsageError
-from tokvm.core.units import MiB
+from tokvm.core.units import MiB, seconds_since
 from tokvm.remote.process import Completed, ProgramTimeout
 from tokvm.remote.scrub import Scrubber, secrets_of_environment
 from tokvm.remote.ssh_config import quote
@@ -175,7 +175,7 @@ class Recorder:
 
     def close(self, error: BaseException | None = None) -> None:
         """The end line, and a few seconds for the thread to write what is left."""
-        facts: Event = {"time": _now(), "seconds": round(time.monotonic() - self._begun, 3)}
+        facts: Event = {"time": _now(), "seconds": seconds_since(self._begun)}
         self.put("end", **facts, **({} if error is None else {"error": _error(error)}))
         with self._turn:
             self._events.append(None)
