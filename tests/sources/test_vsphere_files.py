@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -236,6 +237,15 @@ def test_an_answer_that_does_not_end_is_not_read_to_its_end(server: Server, file
     with pytest.raises(SourceError, match="more than the part"):
         read(file, 4096, 512)
     assert len(sent) < 200
+
+
+@pytest.mark.parametrize("headers", [{"Connection": "close"}, {"Content-Length": "4096"}], ids=["close", "keep"])
+def test_an_answer_left_unread_leaves_no_socket_open(server: Server, web: Web, headers: dict[str, str]) -> None:
+    server.answers.append(raw(200, headers, bytes(100), cut=True))
+    with web.get("/folder/x") as answer:
+        socket: ssl.SSLSocket = vars(answer.fp.raw)["_sock"]
+        assert socket.fileno() >= 0
+    assert (answer.isclosed(), socket.fileno()) == (True, -1)
 
 
 def test_a_file_that_changed_its_size_is_noticed(server: Server, file: FolderFile) -> None:

@@ -18,6 +18,7 @@ from tokvm.remote.tls import TlsTrust
 from tokvm.sources.vmware.api import fence, power, record
 from tokvm.sources.vmware.api.faults import VsphereError
 from tokvm.sources.vmware.api.record import Record
+from tokvm.sources.vmware.api.vmomi import vim
 from tokvm.sources.vmware.source import EsxSource
 from tokvm.testing.esxi.host import AutostartSpec, DatastoreSpec, DiskSpec, HostOptions
 from tokvm.testing.esxi.vmx import escaped
@@ -207,6 +208,21 @@ def test_a_busy_vm_is_waited_for(make: Make) -> None:
     other.join()
     assert rig.vsphere.calls().count("CreateSnapshot_Task") > 1
     assert rig.snapshot_names() == [f"{MARK}1"]
+
+
+def test_a_call_that_outlives_the_login_leaves_no_connection_open(make: Make) -> None:
+    rig = make()
+    client = rig.source._client
+    instance = client.ref(vim.ServiceInstance, "ServiceInstance")
+    stub = client._stub
+    rig.vsphere.fault("CurrentTime", "wait", seconds=0.5)
+    late = threading.Thread(target=client.ask, args=(instance.CurrentTime, "asking for the time"))
+    late.start()
+    time.sleep(0.2)
+    rig.source.close()
+    assert late.is_alive()
+    late.join()
+    assert stub.pool == []
 
 
 def test_only_what_bears_our_name_now_is_removed(make: Make) -> None:

@@ -99,6 +99,7 @@ class Client:
                     self._content.sessionManager.Logout()
             except (vmodl.MethodFault, OSError, HTTPException) as exc:
                 log.debug("%s: logout: %s", self.where, exc)
+            stub.poolSize = 0  # a call of another thread that is still under way closes its connection itself
             stub.DropConnections()
 
     # ---- inside

@@ -76,17 +76,21 @@ class Web:
         except (OSError, HTTPException) as exc:
             raise faults.lost(exc, where=self.peer.where, doing=f"reading {target}") from exc
         finally:
-            if whole and not answer.will_close and not self._closed:
-                with self._lock:
-                    self._idle.append(connection)
-            else:
-                connection.close()
+            if not (whole and not answer.will_close and self._keep(connection)):
+                _end(connection, answer)
+
+    def _keep(self, connection: HTTPSConnection) -> bool:
+        """For the next request, unless there will be none."""
+        with self._lock:
+            if not self._closed:
+                self._idle.append(connection)
+            return not self._closed
 
     def _answer(self, target: str, headers: dict[str, str]) -> tuple[HTTPSConnection, HTTPResponse]:
         cookie = self.peer.login.cookie() if self.peer.login else ""
         connection, answer = self._ask(target, headers, cookie)
         if answer.status in _UNAUTHORIZED and self.peer.login is not None:
-            connection.close()
+            _end(connection, answer)
             self.peer.login.renew(cookie)
             connection, answer = self._ask(target, headers, self.peer.login.cookie())
         return connection, answer
@@ -102,8 +106,10 @@ class Web:
             try:
                 used.request("GET", target, headers=sent)
                 return used, used.getresponse()
-            except (OSError, HTTPException) as exc:
+            except BaseException as exc:
                 used.close()
+                if not isinstance(exc, OSError | HTTPException):
+                    raise
                 if connection is None:
                     raise self._failed(exc, target) from exc
         raise AssertionError("unreachable")
@@ -114,11 +120,17 @@ class Web:
         return faults.lost(exc, where=self.peer.where, doing=f"asking for {target}")
 
     def close(self) -> None:
-        self._closed = True
         with self._lock:
+            self._closed = True
             idle, self._idle = self._idle, []
         for connection in idle:
             connection.close()
+
+
+def _end(connection: HTTPSConnection, answer: HTTPResponse) -> None:
+    """Both: a connection that ends with its answer has given its socket away to it."""
+    answer.close()
+    connection.close()
 
 
 def reason_of(answer: HTTPResponse) -> str:
