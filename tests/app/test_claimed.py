@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.guest.disks import change
+from tests.loops import attach, detach
 
 from tokvm.app import morph as app
 from tokvm.app.claimed import refuse_claimed
@@ -97,10 +98,10 @@ def test_a_qcow2_target_is_known_even_if_it_is_taken_for_raw(tmp_path: Path) -> 
 def test_another_node_of_the_device_is_the_same_disk(migrated: Migrated, tmp_path: Path) -> None:
     backing = tmp_path / "backing"
     backing.write_bytes(bytes(MiB))
-    loop = subprocess.run(["losetup", "-f", "--show", backing], capture_output=True, text=True, check=False)
-    if loop.returncode:
-        pytest.skip(f"no loop devices here: {loop.stderr}")
-    device, node = loop.stdout.strip(), tmp_path / "node"
+    try:
+        device, node = attach(backing), tmp_path / "node"
+    except (OSError, subprocess.CalledProcessError) as exc:
+        pytest.skip(f"no loop devices here: {exc}")
     try:
         found = Path(device).stat()
         os.mknod(node, found.st_mode, found.st_rdev)
@@ -112,7 +113,7 @@ def test_another_node_of_the_device_is_the_same_disk(migrated: Migrated, tmp_pat
         with pytest.raises(UnsafeTarget):
             migrated.refuse(node)
     finally:
-        subprocess.run(["losetup", "-d", device], check=True)
+        detach(device)
 
 
 def test_other_disks_are_not_refused(migrated: Migrated, tmp_path: Path) -> None:

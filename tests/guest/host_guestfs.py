@@ -23,6 +23,8 @@ class HostGuestfs:
         self.writes: list[str] = []
         self.mounted: dict[str, str] = {}
 
+    def close(self) -> None: ...
+
     def __getattribute__(self, name: str) -> Any:
         if name in WRITES:
             self.writes.append(name)

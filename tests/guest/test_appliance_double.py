@@ -1,11 +1,14 @@
-"""The appliance's care for what changed below it, and for its own end, on a double of libguestfs' handle."""
+"""The appliance's care for what changed below it, and for its own end, mostly on a double of libguestfs' handle."""
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,6 +47,10 @@ class Handle:
     def drop_caches(self, what: int) -> None: ...
 
     def close(self) -> None: ...
+
+    def _prepare(self, *_: object, **__: object) -> None: ...
+
+    set_backend = set_backend_settings = set_memsize = set_autosync = add_drive_opts = _prepare
 
 
 @pytest.fixture
@@ -108,25 +115,54 @@ def test_its_deadline_kills_the_process_that_it_knows_and_asks_nobody(handle: Ha
         found.abandon()
 
 
-def test_while_it_launches_only_its_own_children_are_killed(handle: Handle, monkeypatch: pytest.MonkeyPatch) -> None:
-    names: dict[int, str] = {}
-    monkeypatch.setattr(module, "_is_ours", lambda pid: names[pid].startswith("qemu"))
-    older = started("older")
-    found = Appliance(handle, [GuestDisk("/a.raw")], readonly=False, deadline_s=60)
-    ours, other = started("ours"), started("other")
-    names = {older.pid: "qemu", ours.pid: "qemu-system-x86_64", other.pid: "ssh"}
+def test_while_it_launches_only_what_its_own_thread_started_is_killed(handle: Handle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server of a target may be started meanwhile: it is a QEMU, too."""
+    with ThreadPoolExecutor(1) as elsewhere:
+        older, others = started("qemu-nbd"), []
+        killed: list[int] = []
+
+        def launch() -> None:
+            others.append(elsewhere.submit(started, "qemu-nbd").result())
+            with started("qemu-system-x86_64") as hanging:
+                killed.append(hanging.wait(timeout=30))
+            raise RuntimeError("appliance closed the connection unexpectedly")
+
+        vars(handle)["launch"] = launch
+        monkeypatch.setattr(module, "_bindings", lambda: SimpleNamespace(GuestFS=lambda **_: handle))
+        try:
+            with pytest.raises(GuestError, match="does not start"):
+                Appliance.launch([GuestDisk("/a.raw")], readonly=True, tcg=True, deadline_s=0.5)
+            assert killed == [-signal.SIGKILL]
+            assert [one.poll() for one in (older, *others)] == [None, None]
+        finally:
+            for one in (older, *others):
+                one.kill()
+                one.wait()
+
+
+def test_one_that_was_never_launched_kills_nobody_at_its_deadline(handle: Handle) -> None:
+    child = started("qemu-nbd")
+    found = Appliance(handle, [GuestDisk("/a.raw")], readonly=False, deadline_s=0.05)
     try:
-        found.give(0.05)
-        assert ours.wait(timeout=10) == -signal.SIGKILL
+        found._timer.join(timeout=10)
         time.sleep(0.1)
-        assert (older.poll(), other.poll()) == (None, None)
+        assert child.poll() is None
     finally:
-        for one in (older, ours, other):
-            one.kill()
-            one.wait()
+        child.kill()
+        child.wait()
         found.abandon()
 
 
-def test_a_child_is_known_by_its_program() -> None:
-    assert not module._is_ours(os.getpid())
-    assert not module._is_ours(2**22 + 1)
+@pytest.mark.slow
+def test_a_real_one_that_takes_too_long_to_start_is_gone_at_its_deadline(tmp_path: Path, tcg: bool) -> None:
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(bytes(MiB))
+    mine = Path(f"/proc/self/task/{threading.get_native_id()}/children")
+    before = mine.read_text()
+    with ThreadPoolExecutor(1) as elsewhere, elsewhere.submit(started, "qemu-nbd").result() as other:
+        began = time.monotonic()
+        with pytest.raises(GuestError, match="within its deadline"):
+            Appliance.launch([GuestDisk(str(disk))], readonly=True, tcg=tcg, deadline_s=0.3)
+        assert time.monotonic() - began < 60
+        assert (mine.read_text(), other.poll()) == (before, None)
+        other.kill()

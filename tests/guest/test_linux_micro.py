@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,13 +160,14 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def lab(tree: Path, tmp_path: Path) -> Lab:
+def lab(tree: Path, tmp_path: Path) -> Iterator[Lab]:
     root, store = tmp_path / "root", tmp_path / "store"
     shutil.copytree(tree, root, symlinks=True)
     store.mkdir()
     g = HostGuestfs(root)
     appliance = Appliance(g, [GuestDisk("/a.raw")], readonly=False, deadline_s=60)
-    return Lab(g, appliance, facts_of(find_kernel().version, "root=UUID=1 ro"), store)
+    yield Lab(g, appliance, facts_of(find_kernel().version, "root=UUID=1 ro"), store)
+    appliance.abandon()
 
 
 def test_the_plan_says_what_will_be_done_and_changes_nothing(lab: Lab) -> None:

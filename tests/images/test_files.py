@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.loops import attach, detach
 
 from tokvm.core.errors import ImageError
 from tokvm.images.base import ReadAt
@@ -95,14 +96,14 @@ def test_descriptors_are_closed_also_after_a_refusal(image: Path, tmp_path: Path
 def loop_device(tmp_path: Path) -> Iterator[Path]:
     backing = tmp_path / "backing"
     backing.write_bytes(os.urandom(1 << 20))
-    found = subprocess.run(["losetup", "--find", "--show", str(backing)], capture_output=True, text=True)
-    if found.returncode != 0:
-        pytest.skip(f"no loop device: {found.stderr.strip()}")
-    device = found.stdout.strip()
+    try:
+        device = attach(backing)
+    except (OSError, subprocess.CalledProcessError) as exc:
+        pytest.skip(f"no loop device: {exc}")
     try:
         yield Path(device)
     finally:
-        subprocess.run(["losetup", "--detach", device], check=True)
+        detach(device)
 
 
 @pytest.mark.root

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.loops import attach
 
 from tokvm.core.units import MiB
 
@@ -51,7 +52,7 @@ def loop(tmp_path: Path) -> Iterator[LoopMaker]:
                     out.write(data)
                 out.flush()
                 os.fsync(out.fileno())
-        device = node or _run("losetup", "--find", "--show", *options, str(file))
+        device = node or attach(file, *options)
         if node is not None:
             _run("losetup", *options, node, str(file))
         made.append(device)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.loops import attach, detach
 
 from tokvm.core.errors import TargetError
 from tokvm.core.units import KiB, MiB
@@ -122,11 +123,11 @@ def failing_device(tmp_path: Path) -> Iterator[Callable[[dict[str, object]], str
             if child.poll() is not None or time.monotonic() > until:
                 pytest.skip("the FUSE export does not come up here")
             time.sleep(0.05)
-        done = subprocess.run(["losetup", "--find", "--show", str(mountpoint)], check=False, capture_output=True, text=True)
-        if done.returncode != 0:
+        try:
+            device = attach(mountpoint)
+        except (OSError, subprocess.CalledProcessError):
             pytest.skip("no loop device over FUSE here")
-        device = done.stdout.strip()
-        ended.append(lambda: subprocess.run(["losetup", "-d", device], check=True))
+        ended.append(lambda: detach(device))
         return device
 
     yield make

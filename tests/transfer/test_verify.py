@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.loops import attach, detach
 
 from tokvm.core.errors import TargetError
 from tokvm.core.extents import ExtentKind
@@ -138,9 +138,9 @@ def device(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         pytest.skip("needs root")
     backing = tmp_path / "backing.img"
     backing.write_bytes(b"\x53" * 8 * MiB)
-    made = subprocess.run(["losetup", "--find", "--show", str(backing)], check=True, capture_output=True, text=True)
-    yield made.stdout.strip(), backing
-    subprocess.run(["losetup", "-d", made.stdout.strip()], check=False)
+    made = attach(backing)
+    yield made, backing
+    detach(made)
 
 
 @pytest.mark.root

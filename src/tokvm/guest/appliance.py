@@ -42,6 +42,25 @@ FIX_APPLIANCE = (
 )
 
 
+class Launcher:
+    """The calling thread, about to launch an appliance. libguestfs forks in the thread that calls it, so what that thread has
+    started since is libguestfs' (supermin, QEMU); what other threads started, such as the server of a target, is not."""
+
+    def __init__(self) -> None:
+        self._thread = threading.get_native_id()
+        self._older = self._all()
+
+    def children(self) -> frozenset[int]:
+        return self._all() - self._older
+
+    def _all(self) -> frozenset[int]:
+        """Processes that this thread started (proc(5): task/TID/children)."""
+        try:
+            return frozenset(map(int, Path(f"/proc/self/task/{self._thread}/children").read_text().split()))
+        except OSError:
+            return frozenset()
+
+
 class Appliance:
     """A launched appliance. `g` is libguestfs' own handle (guestfs(3)); its errors are RuntimeError: see `translated`."""
 
@@ -52,7 +71,7 @@ class Appliance:
         self.where = ", ".join(disk.path for disk in disks)
         self._overdue = False
         self._pid = 0
-        self._older = _children()
+        self._launcher: Launcher | None = None
         self._layout: Layout | None = None
         self._whole: list[str] = []
         self._timer = self._new_timer(deadline_s)
@@ -70,12 +89,13 @@ class Appliance:
             g.set_autosync(True)
             for disk in disks:
                 g.add_drive_opts(disk.path, format=disk.format, readonly=readonly, cachemode="writeback", discard="besteffort")
+            made._launcher = Launcher()
             g.launch()
             made._pid = int(g.get_pid())
         except RuntimeError as failed:
             made._end()
             raise GuestError(
-                f"libguestfs' appliance does not start: {_one_line(failed)}", where=made.where, fix=FIX_APPLIANCE
+                f"libguestfs' appliance does not start: {made._why(failed)}", where=made.where, fix=FIX_APPLIANCE
             ) from failed
         return made
 
@@ -204,8 +224,8 @@ class Appliance:
     def _kill(self) -> None:
         """A call that waits fails then. libguestfs is not asked for the pid: it answers when that call has ended."""
         self._overdue = True
-        pids = [self._pid] if self._pid else [pid for pid in _children() - self._older if _is_ours(pid)]
-        for pid in pids:
+        launching = self._launcher.children() if self._launcher else ()
+        for pid in [self._pid] if self._pid else launching:
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -222,23 +242,6 @@ class Appliance:
             self.close()
         else:
             self._end()
-
-
-def _children() -> frozenset[int]:
-    """Processes that this one started (proc(5): children)."""
-    found: set[int] = set()
-    for file in Path("/proc/self/task").glob("*/children"):
-        with suppress(OSError):
-            found.update(map(int, file.read_text().split()))
-    return frozenset(found)
-
-
-def _is_ours(pid: int) -> bool:
-    """A child that libguestfs starts while it launches: never another part's ssh."""
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().startswith(("qemu", "supermin"))
-    except OSError:
-        return False
 
 
 def _bindings() -> Any:
