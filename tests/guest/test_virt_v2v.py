@@ -78,6 +78,12 @@ def test_what_it_is_told(play: Maker, tmp_path: Path, monkeypatch: pytest.Monkey
     assert [disk.find("source").get("file") for disk in disks] == [disk.path for disk in DISKS]  # type: ignore[union-attr]
 
 
+def test_a_root_that_it_has_no_name_for_must_be_the_only_one(play: Maker, tmp_path: Path) -> None:
+    """The real one, 2.2: `unknown --root option: btrfsvol:/dev/sda3/root`."""
+    play("true", root="btrfsvol:/dev/sda3/root").convert(DISKS)
+    assert "--root\nsingle\n" in (tmp_path / "argv").read_text()
+
+
 def test_options_are_used_where_the_program_says_it_has_them(play: Maker, tmp_path: Path) -> None:
     play("true", block_driver="virtio-scsi").convert(DISKS)
     assert "--block-driver" not in (tmp_path / "argv").read_text()

@@ -56,9 +56,10 @@ class Converted:
 class VirtV2v:
     """A conversion, ready to run. vm: what is said of the machine. log: a new file in a folder of ours.
 
-    root: the root file system's device as libguestfs calls it; without it there must be only one. tcg: KVM does not work here.
-    virtio_win: directory or ISO of Windows drivers; virt_tools: directory with rhsrvany.exe (without them virt-v2v looks in its
-    own places). block_driver: `virtio-blk` or `virtio-scsi`, for Windows, where the program has the option."""
+    root: the root file system's device as libguestfs calls it; without it, or on a btrfs subvolume, there must be only one.
+    tcg: KVM does not work here. virtio_win: directory or ISO of Windows drivers; virt_tools: directory with rhsrvany.exe
+    (without them virt-v2v looks in its own places). block_driver: `virtio-blk` or `virtio-scsi`, for Windows, where the program
+    has the option."""
 
     program: str
     vm: VirtualMachine
@@ -86,7 +87,9 @@ class VirtV2v:
         return found
 
     def _command(self, able: frozenset[str]) -> list[str]:
-        found = [self.program, "-i", "libvirtxml", "--machine-readable=stream:stdout", "--root", self.root or "single"]
+        # 2.2 takes no name of a btrfs subvolume ("unknown --root option"). "single" refuses where there are several systems.
+        root = self.root if self.root and self.root.startswith("/dev/") else "single"
+        found = [self.program, "-i", "libvirtxml", "--machine-readable=stream:stdout", "--root", root]
         if self.block_driver and "block-driver-option" in able:
             found += ["--block-driver", self.block_driver]
         return [*found, "--", str(self.log.with_suffix(".xml"))]

@@ -11,6 +11,7 @@ from tokvm.guest.inspection.disks import BootPlace, find_boot_place
 from tokvm.guest.inspection.linux import look_at_linux
 from tokvm.guest.inspection.roots import choose_root
 from tokvm.guest.inspection.tree import Tree, word
+from tokvm.guest.inspection.volumes import VolumeNames
 from tokvm.guest.inspection.windows import look_at_windows
 
 PROBLEMS_LIMIT = 100
@@ -25,14 +26,15 @@ def inspect(appliance: Appliance, *, root: str | None = None) -> GuestFacts:
     """
     tree = Tree(appliance)
     place = find_boot_place(tree)
-    chosen = choose_root(tree, root)
+    names = VolumeNames(tree)
+    chosen = choose_root(tree, root, names)
     if not chosen:
         _say_why_none(tree, place)
         problems = tuple(tree.problems)
         return GuestFacts(
             OsFamily.OTHER, firmware=place.firmware, boot_disk=place.disk, efi_loaders=place.loaders, problems=problems
         )
-    mounts = _mount_points(tree, chosen)
+    mounts = _mount_points(tree, chosen, names)
     try:
         _mount(tree, mounts)
         return _facts(tree, place, chosen, mounts)
@@ -68,10 +70,10 @@ def _facts(tree: Tree, place: BootPlace, root: str, mounts: dict[str, str]) -> G
     )
 
 
-def _mount_points(tree: Tree, root: str) -> dict[str, str]:
+def _mount_points(tree: Tree, root: str, names: VolumeNames) -> dict[str, str]:
     with tree.appliance.translated("cannot tell what the guest mounts"):
         found: Mapping[str, str] = tree.appliance.g.inspect_get_mountpoints(root)
-    mounts = {point: device for point, device in sorted(found.items())[:64] if point.startswith("/")}
+    mounts = {point: names.lasting(device) for point, device in sorted(found.items())[:64] if point.startswith("/")}
     # fstab's UUID of / leads to the wrong disk where the VM also has a clone of its system disk.
     return mounts | {"/": root}
 

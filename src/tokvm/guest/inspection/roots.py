@@ -8,18 +8,20 @@ from typing import Any
 
 from tokvm.guest.base import GuestError
 from tokvm.guest.inspection.tree import Tree, word
+from tokvm.guest.inspection.volumes import VolumeNames
 
 ROOTS_LIMIT = 32
 _SNAPSHOT = re.compile(r"(?:^|/)(?:\.snapshots|timeshift-btrfs|snapshots?)(?:/|$)")
 
 
-def choose_root(tree: Tree, wanted: str | None) -> str:
+def choose_root(tree: Tree, wanted: str | None, names: VolumeNames) -> str:
     """libguestfs' name of the root file system; "" when there is no operating system that it knows.
 
     GuestError when there are several and `wanted` does not say which, or says one that is not there: never a guess.
     """
     with tree.appliance.translated("cannot look for an operating system on the disks"):
-        roots = [str(one) for one in tree.appliance.g.inspect_os()][:ROOTS_LIMIT]
+        given = [str(one) for one in tree.appliance.g.inspect_os()][:ROOTS_LIMIT]
+    roots = names.lasting_roots(given)
     if wanted is not None:
         if wanted not in roots:
             what = f"there is no operating system on {word(wanted)}"
