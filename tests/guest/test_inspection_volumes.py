@@ -39,7 +39,7 @@ class Handle:
         return {"DEVNAME": found, "PTTYPE": "gpt"}
 
     def inspect_os(self) -> list[str]:
-        return [self._told(one) for one in self.roots] if self.translates else self.roots
+        return [self._told(one) if self.translates or one.startswith("/dev/") else one for one in self.roots]
 
     def inspect_get_type(self, root: str) -> str:
         if self._given(root) not in self.roots:
@@ -96,6 +96,12 @@ def test_the_system_that_is_asked_for_is_the_one_on_that_disk() -> None:
     handle = Handle(["/dev/sdb", "/dev/sda"], ["btrfsvol:/dev/sda3/root", "btrfsvol:/dev/sdb3/root"])
     for wanted in ("btrfsvol:/dev/sda3/root", "btrfsvol:/dev/sdb3/root"):
         assert chosen(handle, wanted) == wanted
+
+
+@pytest.mark.parametrize("translates", [False, True])
+def test_beside_a_system_on_a_plain_partition(*, translates: bool) -> None:
+    handle = Handle(["/dev/sdb", "/dev/sdc"], ["/dev/sdb1", "btrfsvol:/dev/sdc2/@"], translates=translates)
+    assert chosen(handle, "btrfsvol:/dev/sdb2/@") == "btrfsvol:/dev/sdb2/@"
 
 
 def test_other_names_stay_and_nothing_is_asked_for_them() -> None:

@@ -31,7 +31,8 @@ class VolumeNames:
     def lasting_roots(self, names: list[str]) -> list[str]:
         """Of what `inspect_os` gave. A libguestfs that translates them itself would not know a root by the name made here."""
         found = [self.lasting(one) for one in names]
-        if found != names and not self._tree.ask(self._tree.appliance.g.inspect_get_type, found[0], default=""):
+        changed = next((one for one in found if one not in names), None)
+        if changed is not None and not self._tree.ask(self._tree.appliance.g.inspect_get_type, changed, default=""):
             self._disks = {}
             return names
         return found
