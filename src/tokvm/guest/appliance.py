@@ -34,6 +34,8 @@ MEMORY_MB = 1024
 TABLE = 6 * 4096
 """Bytes of a GPT with sectors of 4 KiB; those of 512 bytes need less, and the oldest first partitions begin at 63 * 512."""
 
+AGAIN_S = 0.05
+
 Layout = dict[str, tuple[int, bytes]]
 """Device → how many bytes of its beginning, and their SHA-256."""
 FIX_APPLIANCE = (
@@ -70,6 +72,7 @@ class Appliance:
         self.readonly = readonly
         self.where = ", ".join(disk.path for disk in disks)
         self._overdue = False
+        self._ended = threading.Event()
         self._pid = 0
         self._launcher: Launcher | None = None
         self._layout: Layout | None = None
@@ -222,14 +225,17 @@ class Appliance:
         return timer
 
     def _kill(self) -> None:
-        """A call that waits fails then. libguestfs is not asked for the pid: it answers when that call has ended."""
+        """A call that waits fails then. libguestfs is not asked for the pid: it answers when that call has ended. While it
+        launches, it starts one program after the other, and between two of them nothing is found: so it is looked again."""
         self._overdue = True
-        launching = self._launcher.children() if self._launcher else ()
-        for pid in [self._pid] if self._pid else launching:
-            with suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+        while not (self._pid or self._ended.wait(AGAIN_S)):
+            for pid in self._launcher.children() if self._launcher else ():
+                _kill(pid)
+        if self._pid and not self._ended.is_set():
+            _kill(self._pid)
 
     def _end(self) -> None:
+        self._ended.set()
         self._timer.cancel()
         with suppress(RuntimeError):
             self.g.close()
@@ -242,6 +248,11 @@ class Appliance:
             self.close()
         else:
             self._end()
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def _bindings() -> Any:
