@@ -6,6 +6,8 @@ import fcntl
 import subprocess
 from pathlib import Path
 
+import pytest
+
 
 def attach(file: Path, *options: str) -> str:
     """/dev/loopN over `file`. CalledProcessError where there are none; `detach` it.
@@ -17,6 +19,14 @@ def attach(file: Path, *options: str) -> str:
         fcntl.flock(control, fcntl.LOCK_EX)
         argv = ["losetup", "--find", "--show", *options, str(file)]
         return subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def attach_or_skip(file: Path) -> str:
+    """`attach`, for tests that are of use only where there are loop devices."""
+    try:
+        return attach(file)
+    except (OSError, subprocess.CalledProcessError) as exc:
+        pytest.skip(f"no loop device: {exc}")
 
 
 def detach(device: str) -> None:

@@ -81,6 +81,7 @@ def test_what_file_systems_write_is_no_other_layout(appliance: Appliance, handle
     appliance.note_layout()
     handle.disks[device][offset] ^= 1
     appliance.forget()
+    assert handle.flushed == ["/dev/sda", "/dev/sdb"]
 
 
 def test_a_physical_volume_is_flushed_too_for_lvm_holds_it_open(appliance: Appliance, handle: Handle) -> None:

@@ -62,7 +62,9 @@ class Handle:
 
 
 def tree(handle: Handle) -> Tree:
-    appliance: Any = SimpleNamespace(g=handle, where="a.raw", translated=lambda _what: nullcontext())
+    appliance: Any = SimpleNamespace(
+        g=handle, block_devices=handle.list_devices, where="a.raw", translated=lambda _what: nullcontext()
+    )
     return Tree(appliance)
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import mmap
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.loops import attach, detach
+from tests.loops import attach_or_skip, detach
 
 from tokvm.core.errors import ImageError
 from tokvm.images.base import ReadAt
@@ -96,10 +95,7 @@ def test_descriptors_are_closed_also_after_a_refusal(image: Path, tmp_path: Path
 def loop_device(tmp_path: Path) -> Iterator[Path]:
     backing = tmp_path / "backing"
     backing.write_bytes(os.urandom(1 << 20))
-    try:
-        device = attach(backing)
-    except (OSError, subprocess.CalledProcessError) as exc:
-        pytest.skip(f"no loop device: {exc}")
+    device = attach_or_skip(backing)
     try:
         yield Path(device)
     finally:

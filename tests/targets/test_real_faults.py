@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.loops import attach, detach
+from tests.loops import attach_or_skip, detach
 
 from tokvm.core.errors import TargetError
 from tokvm.core.units import KiB, MiB
@@ -123,10 +123,7 @@ def failing_device(tmp_path: Path) -> Iterator[Callable[[dict[str, object]], str
             if child.poll() is not None or time.monotonic() > until:
                 pytest.skip("the FUSE export does not come up here")
             time.sleep(0.05)
-        try:
-            device = attach(mountpoint)
-        except (OSError, subprocess.CalledProcessError):
-            pytest.skip("no loop device over FUSE here")
+        device = attach_or_skip(mountpoint)
         ended.append(lambda: detach(device))
         return device
 

@@ -31,10 +31,10 @@ READ_LIMIT = 512 * MiB
 PIECE = 2 * MiB
 """What one message of libguestfs' protocol carries well within its limit of 4 MiB (guestfs(3))."""
 MEMORY_MB = 1024
+AGAIN_S = 0.05
+"""Between two looks for what libguestfs started, when its deadline has passed while it launches."""
 TABLE = 6 * 4096
 """Bytes of a GPT with sectors of 4 KiB; those of 512 bytes need less, and the oldest first partitions begin at 63 * 512."""
-
-AGAIN_S = 0.05
 
 Layout = dict[str, tuple[int, bytes]]
 """Device → how many bytes of its beginning, and their SHA-256."""
@@ -126,7 +126,7 @@ class Appliance:
         GuestError when what it keeps all the same (partitions, logical volumes) is not what `note_layout` saw."""
         with self.translated("cannot look at the disks afresh"):
             # What is mounted nowhere has no inodes in memory; the pages of physical volumes stay, for LVM holds them open.
-            for device in dict.fromkeys([*self._block_devices(), *(self._layout or ())]):
+            for device in dict.fromkeys([*self.block_devices(), *(self._layout or ())]):
                 self.g.blockdev_flushbufs(device)
             self.g.drop_caches(1)
         if self._layout is not None and self._digests(self._layout) != self._layout:
@@ -140,10 +140,10 @@ class Appliance:
         with self.translated("cannot read the disks' layout"):
             split = {str(self.g.part_to_dev(partition)) for partition in self.g.list_partitions()}
             volumes = [str(device) for device in self.g.pvs()]
-            self._block_devices()
+            self.block_devices()
         self._layout = self._digests(dict.fromkeys(split, (TABLE, b"")) | dict.fromkeys(volumes, (MiB, b"")))
 
-    def _block_devices(self) -> list[str]:
+    def block_devices(self) -> list[str]:
         """The whole disks, asked for once: the question costs a second where the appliance is emulated."""
         if not self._whole:
             self._whole = [str(device) for device in self.g.list_devices()]
@@ -230,9 +230,9 @@ class Appliance:
         self._overdue = True
         while not (self._pid or self._ended.wait(AGAIN_S)):
             for pid in self._launcher.children() if self._launcher else ():
-                _kill(pid)
+                _kill_process(pid)
         if self._pid and not self._ended.is_set():
-            _kill(self._pid)
+            _kill_process(self._pid)
 
     def _end(self) -> None:
         self._ended.set()
@@ -250,7 +250,7 @@ class Appliance:
             self._end()
 
 
-def _kill(pid: int) -> None:
+def _kill_process(pid: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 

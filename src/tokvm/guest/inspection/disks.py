@@ -42,7 +42,7 @@ class BootPlace:
 def find_boot_place(tree: Tree) -> BootPlace:
     """Look at every disk's table and every partition's first sector. Nothing may be mounted; nothing is afterwards."""
     g = tree.appliance.g
-    devices = [str(one) for one in tree.ask(g.list_devices, default=[])]
+    devices: list[str] = tree.ask(tree.appliance.block_devices, default=[])
     tables = [parse_table(_head(tree, one, HEAD)) for one in devices]
     partitions = [str(one) for one in tree.ask(g.list_partitions, default=[])][:PARTITIONS_LIMIT]
     sectors = {one: _head(tree, one, SECTOR) for one in [*devices, *partitions]}

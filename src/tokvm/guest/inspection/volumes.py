@@ -42,8 +42,8 @@ class VolumeNames:
         if self._disks is None:
             g = self._tree.appliance.g
             self._disks = {}
-            for device in self._tree.ask(g.list_devices, default=[]):
+            for device in self._tree.ask(self._tree.appliance.block_devices, default=[]):
                 said: dict[str, str] = self._tree.ask(g.blkid, device, default={})
                 if "DEVNAME" in said:
-                    self._disks[said["DEVNAME"]] = str(device)
+                    self._disks[said["DEVNAME"]] = device
         return self._disks

@@ -76,7 +76,8 @@ class Web:
         except (OSError, HTTPException) as exc:
             raise faults.lost(exc, where=self.peer.where, doing=f"reading {target}") from exc
         finally:
-            if not (whole and not answer.will_close and self._keep(connection)):
+            reusable = whole and not answer.will_close
+            if not (reusable and self._keep(connection)):
                 _end(connection, answer)
 
     def _keep(self, connection: HTTPSConnection) -> bool:
@@ -106,12 +107,13 @@ class Web:
             try:
                 used.request("GET", target, headers=sent)
                 return used, used.getresponse()
-            except BaseException as exc:
+            except (OSError, HTTPException) as exc:
                 used.close()
-                if not isinstance(exc, OSError | HTTPException):
-                    raise
                 if connection is None:
                     raise self._failed(exc, target) from exc
+            except BaseException:
+                used.close()
+                raise
         raise AssertionError("unreachable")
 
     def _failed(self, exc: Exception, target: str) -> SourceError:
